@@ -14,7 +14,7 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.hub import hub_reachable, silenced
-from mixgpt.common.texts import ARGUMENTS, Row, TextSet, counts_of, hub_copies, read_files, text_set_of, texts_of
+from mixgpt.common.texts import ARGUMENTS, Row, counts_of, hub_copies, read_files, text_set_of, texts_of
 
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
 # Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B
@@ -25,12 +25,10 @@ NEED_EACH = ("gemma",)
 def calibration_samples(dataset: str | list[Row], nsamples: int, seqlen: int, seed: int | str,
                         tokenizer: PreTrainedTokenizerBase, data_dir: str | None = None,
                         bos: str | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Draw random segments of a train split, or of a mixture of several.
+    """Draw random segments (nsamples, seqlen) of a train split, or of a mixture of several, and say where from.
 
-    dataset: the name of a dataset, a path, a column on the hub, a mixture of these, or a list of strings, the documents
-    of one text. bos: as `token_ids` takes it; with each it replaces the first token of every segment. Returns
-    (LongTensor (nsamples, seqlen), source), a JSON-able dict. A mixture takes the first segments that each text alone
-    would give, and shuffles them. Raises InputError if a text is unavailable or shorter than seqlen + 1 tokens.
+    bos: as `token_ids` takes it; with each it replaces the first token of every segment. A mixture takes the first
+    segments that each text alone would give, and shuffles them. Raises InputError if one is unavailable or too short.
     """
     counts = {} if isinstance(dataset, list) else counts_of(dataset, nsamples)
     if len(counts) > 1:
@@ -47,7 +45,11 @@ def calibration_samples(dataset: str | list[Row], nsamples: int, seqlen: int, se
         require_tokens(ids, seqlen + 1, seqlen, source)
     for _ in range(nsamples):
         if text_set.by_document:
-            ids = random_document(rows, seqlen, rng, tokenizer, bos)
+            drawn = (rows[rng.randint(0, len(rows) - 1)] for _ in range(DRAWS if rows else 0))
+            encoded = (token_ids(tokenizer, as_texts([document], tokenizer)[0], bos) for document in drawn)
+            if not (ids := next((ids for ids in encoded if len(ids) > seqlen), [])):
+                raise InputError(f"--seqlen {seqlen}: none of {DRAWS} documents in a row has more than {seqlen} "
+                                 "tokens; lower --seqlen")
         start = rng.randint(0, len(ids) - seqlen - 1)  # SparseGPT and GPTQ never draw the last possible segment
         segments.append(ids[start:start + seqlen])
     return begin(torch.tensor(segments), tokenizer, bos), source
@@ -55,10 +57,7 @@ def calibration_samples(dataset: str | list[Row], nsamples: int, seqlen: int, se
 
 def test_tokens(dataset: str, seqlen: int, tokenizer: PreTrainedTokenizerBase, data_dir: str | None = None,
                 bos: str | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
-    """Cut a test split into segments; the incomplete last one is dropped.
-
-    Arguments and result are like those of `calibration_samples`, but the text may have as few as seqlen tokens.
-    """
+    """Cut a test split into segments (n, seqlen); the incomplete last one is dropped. See `calibration_samples`."""
     text_set = text_set_of(dataset)
     rows, source = load_rows(dataset, "test", data_dir)
     text = text_set.test_join.join(as_texts(rows[:text_set.test_documents], tokenizer))
@@ -114,23 +113,11 @@ def as_texts(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[st
         return [row if isinstance(row, str) else tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
 
 
-def random_document(documents: Sequence[Row], seqlen: int, rng: random.Random, tokenizer: PreTrainedTokenizerBase,
-                    bos: str | None) -> list[int]:
-    """Return the ids of a random document of more than seqlen tokens. Raises InputError after `DRAWS` shorter ones."""
-    for _ in range(DRAWS if documents else 0):
-        document, = as_texts([documents[rng.randint(0, len(documents) - 1)]], tokenizer)
-        if len(ids := token_ids(tokenizer, document, bos)) > seqlen:
-            return ids
-    raise InputError(f"--seqlen {seqlen}: none of {DRAWS} documents in a row has more than {seqlen} tokens; lower "
-                     "--seqlen")
-
-
 def require_tokens(ids: list[int], needed: int, seqlen: int, source: dict[str, Any]) -> None:
     """Raise InputError if a text has fewer than `needed` tokens."""
     if len(ids) < needed:
-        raise InputError(
-            f"--seqlen {seqlen}: the {source['split']} text of dataset {source['dataset']} has {len(ids)} "
-            f"tokens and {needed} are needed; lower --seqlen or take another dataset")
+        raise InputError(f"--seqlen {seqlen}: the {source['split']} text of dataset {source['dataset']} has "
+                         f"{len(ids)} tokens and {needed} are needed; lower --seqlen or take another dataset")
 
 
 def load_rows(dataset: str | list[Row], part: str, data_dir: str | None) -> tuple[Sequence[Row], dict[str, Any]]:
@@ -143,22 +130,19 @@ def load_rows(dataset: str | list[Row], part: str, data_dir: str | None) -> tupl
     elif data_dir and text_set.local:
         rows, origin = read_files(hub_copies(data_dir, **{part: [name]})[name, split], "--data-dir")
     else:
-        rows, origin = hub_rows(name, text_set, split)
+        options: dict[str, Any] = dict(text_set.hub_options)
+        if text_set.hub_files:
+            options["data_files"] = {split: text_set.hub_files[split]}
+        origin = {"hub": text_set.hub_id, **options}
+        online, subject = hub_reachable(), f"{ARGUMENTS[split]} {name}: cannot load {text_set.hub_id}"
+        try:
+            with reading(subject), silenced():
+                table = load_dataset(text_set.hub_id, split=split, **options)
+        except InputError as error:
+            refusal = error if online else f"{subject}: the hub cannot be reached and it is not in the cache"
+            copy = f"below --data-dir DIR, named as on the hub ({text_set.local.format(split=split)})"
+            raise InputError(f"{refusal}; supply a copy {copy if text_set.local else 'as a file'}, or use "
+                             f"{ARGUMENTS[split]} builtin") from None
+        # documents stay on disk until they are drawn: C4's shard would take a gigabyte in each process
+        rows = table["text"] if text_set.by_document else texts_of(table.to_list(), text_set.hub_id, text_set.columns)
     return rows, {"dataset": name, "split": split, **origin}
-
-
-def hub_rows(dataset: str, text_set: TextSet, split: str) -> tuple[Sequence[Row], dict[str, Any]]:
-    """Return the rows of a split from the hub or its cache, and the name of the hub dataset."""
-    options = text_set.hub_options | ({"data_files": {split: text_set.hub_files[split]}} if text_set.hub_files else {})
-    online, subject = hub_reachable(), f"{ARGUMENTS[split]} {dataset}: cannot load {text_set.hub_id}"
-    try:
-        with reading(subject), silenced():
-            table = load_dataset(text_set.hub_id, split=split, **options)
-    except InputError as error:
-        refusal = error if online else f"{subject}: the hub cannot be reached and it is not in the cache"
-        copy = f"below --data-dir DIR, named as on the hub ({text_set.local.format(split=split)})"
-        raise InputError(f"{refusal}; supply a copy {copy if text_set.local else 'as a file'}, or use "
-                         f"{ARGUMENTS[split]} builtin") from None
-    # documents stay on disk until they are drawn: C4's shard would take a gigabyte in each process
-    rows = table["text"] if text_set.by_document else texts_of(table.to_list(), text_set.hub_id, text_set.columns)
-    return rows, {"hub": text_set.hub_id, **options}

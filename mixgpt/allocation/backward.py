@@ -21,15 +21,9 @@ SAVED_AFTER = 2e9  # On a CPU, a chunk with so many bytes at layer boundaries ta
 
 
 def chunk_size(streamed: StreamedModel, count: int, T: int, states: int, limit: float = math.inf) -> tuple[int, str]:
-    """Return how many of `count` sequences of T tokens pass together, and where: "device", "host" or "disk".
-
-    At least a batch, at most what half of the free memory holds at all layer boundaries; the other half is for the
-    work. states: kinds of hidden states per boundary. limit: bytes that these may take. All processes get the same.
-    """
+    """Return the size and the place of `needs.chunk`, the same size in all processes."""
     size, place, _ = needs.chunk(streamed, count, T, states, limit)
     return min(distributed.all_gather_object(size)), place
-
-
 
 
 class Chunk:
@@ -47,10 +41,9 @@ class Chunk:
     def run(self, forward: Callable, turn: Callable, backward: Callable, vocabulary: Tensor | None = None) -> None:
         """Go forward through all layers and back, in self.dtype, on the batches `rows` of sequences.
 
-        Each function returns new hidden states of a batch, (B, T, C) of each kind: forward(layer, index, rows) those
-        after a layer; turn(head, rows) those that replace them after the last one, with `head` from hidden states
-        (n, C) to logits of the vocabulary (default: all tokens); backward(layer, index, rows) those that replace the
-        ones before a layer.
+        Each function returns hidden states of a batch, (B, T, C) of each kind: forward(layer, index, rows) those after
+        a layer; turn(head, rows) those that replace them after the last one, with `head` from hidden states (n, C) to
+        logits of the vocabulary; backward(layer, index, rows) those that replace the ones before a layer.
         """
         batches, count = self.stream.batches(), len(self.layers)
         for index, layer in in_turn(self.layers, self.device):

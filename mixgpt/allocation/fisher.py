@@ -28,12 +28,11 @@ def output_gradients(streamed: StreamedModel, matrices: Sequence[Key], tokens: T
                      vocabulary: Tensor | None = None) -> dict[Key, tuple[Tensor, Tensor]]:
     """Measure gradients of the loss w.r.t. matrix outputs y = W x, with labels sampled from the model's predictions.
 
-    Returns {(layer, name): (G (out,), E[x_c²] (in,))}, float32 on the host; G_r = E[(∂L/∂y_r)²], means over tokens, and
-    E[x_c²] over those that reach the matrix: an expert's G_r is 0 for the others.
-    If x is independent of ∂L/∂y, the Fisher matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the
-    output factor in K-FAC (arXiv 1503.05671). The estimate is noisy, so a token's contribution is clipped at TOKEN_CLIP
-    times the sequence's mean, and ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. tokens: (N, T).
-    vocabulary: numbers of the tokens among which the model predicts (default: all). Raises InputError for NaN or inf.
+    Returns {matrix: (G (out,), E[x_c²] (in,))}, float32 on the host; G_r = E[(∂L/∂y_r)²], means over tokens, E[x_c²]
+    over those that reach the matrix: an expert's G_r is 0 for the others. If x is independent of ∂L/∂y, the Fisher
+    matrix of row r of a matrix is G_r E[x xᵀ]; G is the diagonal of the output factor in K-FAC (arXiv 1503.05671). The
+    estimate is noisy, so a token's contribution is clipped at TOKEN_CLIP times the sequence's mean, and
+    ROW_WEIGHT_EXPONENT shrinks the differences within a matrix. vocabulary: the tokens among which the model predicts.
     """
     N, T = tokens.shape
     mine, layers = range(N)[distributed.share(N)], streamed.layers
@@ -97,7 +96,6 @@ def _sampled_backward(chunk: Chunk, keys: Sequence[tuple], measure: Callable, vo
 
     Calls measure(column, rows, X, Y) with the index of a matrix, the slice of sequences in a batch, the matrix's
     input X (B, T, in) and the gradient Y of L(ŷ) w.r.t. its output (B, T, out). Gradients replace hidden states.
-    vocabulary: as in `output_gradients`.
     """
     @torch.no_grad()
     def forward(layer: nn.Module, index: int, rows: slice) -> list[Tensor]:

@@ -10,6 +10,7 @@ import bisect
 import math
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,18 +41,8 @@ def uniform(budget: Budget) -> dict[Key, Target]:
     return dict.fromkeys(budget.selected, budget.target)
 
 
-def by_matrix(budget: Budget) -> dict[Key, Target]:
-    """Rank matrices by sensitivity; the least sensitive ones become sparsest."""
-    return _by_rank(budget, lambda key: key)
-
-
-def by_layer(budget: Budget) -> dict[Key, Target]:
-    """Rank layers by the summed sensitivities of their selected matrices; the least sensitive ones become sparsest."""
-    return _by_rank(budget, lambda key: key[0])
-
-
 def _by_rank(budget: Budget, unit_of: Callable[[Key], Hashable]) -> dict[Key, Target]:
-    """Rank units by sensitivity, and give each matrix the sparsity of its unit, unit_of((layer, name))."""
+    """Rank units by the summed sensitivities of their matrices, unit_of((layer, name)); the least become sparsest."""
     sensitivities, sizes, target = {}, {}, budget.target
     weights = {key: out * columns for key, (out, columns) in budget.selected.items()}
     for key, size in weights.items():
@@ -66,6 +57,10 @@ def _by_rank(budget: Budget, unit_of: Callable[[Key], Hashable]) -> dict[Key, Ta
     sparsities = meet_total([sparsity_of[unit_of(key)] for key in weights], list(weights.values()),
                             round(target.sparsity * sum(weights.values())))
     return {key: Target(sparsity) for key, sparsity in zip(weights, sparsities, strict=True)}
+
+
+by_matrix = partial(_by_rank, unit_of=lambda key: key)
+by_layer = partial(_by_rank, unit_of=lambda key: key[0])
 
 
 def allocate(sensitivities: Sequence[float], sizes: Sequence[float], sparsity: float, alpha: float) -> list[float]:
@@ -121,10 +116,7 @@ def allocate_whole(sensitivities: list[float], sizes: list[int], sparsity: float
 
 @torch.no_grad()
 def by_threshold(budget: Budget) -> dict[Key, Target]:
-    """Set sparsities by one threshold on w² G_r E[x_c²], clipped to the overall one ± alpha, with exactly its total.
-
-    Matrices that are used but have no gradients, because they choose what is attended to, get the overall sparsity.
-    """
+    """Set sparsities by one threshold on w² G_r E[x_c²], clipped to the overall one ± alpha, with exactly its total."""
     streamed, selected, sparsity = budget.streamed, budget.selected, budget.target.sparsity
     sizes, device = [out * columns for out, columns in selected.values()], streamed.device
 
@@ -136,6 +128,7 @@ def by_threshold(budget: Budget) -> dict[Key, Target]:
                     G, energy = (values.to(device) for values in budget.gradients[key])
                     yield unit, modules[key[1]].weight.float().square().mul_(G[:, None]).mul_(energy)
 
+    # Matrices that are used but have no gradients choose what is attended to, and get the overall sparsity.
     alphas = [budget.alpha if G.any() or not energy.any() else 0 for G, energy in map(budget.gradients.get, selected)]
     least = [int(max(sparsity - alpha, 0) * size) for alpha, size in zip(alphas, sizes, strict=True)]
     most = [math.ceil(min(sparsity + alpha, 1) * size) for alpha, size in zip(alphas, sizes, strict=True)]
@@ -148,9 +141,8 @@ def threshold_counts(scores: Callable[[], Iterator[tuple[int, Tensor]]], least: 
                      total: int) -> list[int]:
     """Count how many weights of each unit one common threshold removes, exactly `total` in all.
 
-    scores: yields (unit index, non-negative float32 scores of all its weights, on any device), the same in both of two
-    calls. least, most: the fewest and the most weights that each unit may lose; total lies between their sums. Ties at
-    the threshold are removed from the first units.
+    scores: yields (unit index, non-negative float32 scores of all its weights), the same in both of two calls. least,
+    most: how many weights each unit may lose. Ties at the threshold are removed from the first units.
 
     Non-negative floats sort like their bit patterns: a radix select, first of the threshold's upper 18 bits, then of
     the lower 13. Where a threshold rises past a score, the unit's count, clamped to its limits, rises by a step. Only

@@ -107,8 +107,7 @@ def hessian_traces(streamed: StreamedModel, matrices: Sequence[Key], tokens: Ten
                    save: Callable[[Tensor], None] | None = None) -> Tensor:
     """Estimate Tr ∇²_W of the mean cross-entropy for each matrix W, separately from each sequence.
 
-    tokens: (N, T). nprobes: probes, or label draws, per sequence. previous: rows from an interrupted call. save: called
-    with the rows so far after every chunk of sequences. Returns one estimate per sequence, (N, matrices), in float64.
+    previous: rows (n, matrices) from an interrupted call. save: called with the rows so far after every chunk.
     """
     (N, T), estimate, rows = tokens.shape, ESTIMATORS[estimator].load(), [] if previous is None else list(previous)
     # There are 2 kinds of states, because an estimator may keep tangents.
@@ -131,11 +130,7 @@ def hessian_traces(streamed: StreamedModel, matrices: Sequence[Key], tokens: Ten
 
 def load_or_compute(streamed: StreamedModel, tokens: Tensor, estimator: str, seed: int = 0, nprobes: int = 1,
                     path: str | Path | None = None) -> tuple[Traces, Path]:
-    """Return (`Traces` of all matrices, path of their file), read from the file if it exists, else computed and saved.
-
-    An interrupted computation is resumed from its file. path: the file (default: one in the cache, named by its key and
-    this version of the program). Raises InputError if it comes from other weights; other tokens or seeds will do.
-    """
+    """Return `Traces` of all matrices and their file (default: in the cache), read from it, or computed and saved."""
     model, shapes = streamed.model, select(streamed.model)
     key = {"weights": fingerprint(model), "tokens": digest(tokens), "sequences": len(tokens), "estimator": estimator,
            "seed": seed, "nprobes": nprobes, "dtype": str(model.dtype).removeprefix("torch.")}
@@ -143,7 +138,7 @@ def load_or_compute(streamed: StreamedModel, tokens: Tensor, estimator: str, see
     file = Path(path or cache_folder() / f"traces-{digits}.json")
     stored = distributed.broadcast_object(read(file, shapes, estimator))  # Other machines have caches of their own.
     if stored and stored["key"]["weights"] != key["weights"]:
-        raise InputError(f"{FLAG} {file}: was computed from different weights")
+        raise InputError(f"{FLAG} {file}: was computed from different weights")  # Other tokens or seeds will do.
     if stored and len(stored["samples"]) == stored["key"]["sequences"]:
         return Traces(estimator, shapes, stored["samples"]), file
     if stored and stored["key"] != key:

@@ -5,7 +5,7 @@ import contextlib
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -25,7 +25,7 @@ _patience, _shown = START, 0.0  # in force now; when this process last showed th
 
 
 @contextlib.contextmanager
-def joined(device: torch.device) -> Iterator[None]:
+def joined(device: torch.device) -> Generator[None]:
     """Join the processes started by torchrun within the block, unless they are already. device: of this process."""
     global _hosts, _store, _patience
     if program.world() == 1:
@@ -70,7 +70,7 @@ def alive() -> None:
 def _signs(new: int = 0) -> int | None:
     """Return how often processes have shown that they work, None if a caller's store, or none any more, counts it."""
     with contextlib.suppress(RuntimeError):  # the store ends with the process that keeps it
-        return _store and _store.add("alive", new)
+        return _store.add("alive", new) if _store else None
 
 
 def _wait(work: "dist.Work | None") -> bool | None:
@@ -96,24 +96,21 @@ def all_reduce(tensor: torch.Tensor) -> None:
         _wait(dist.all_reduce(tensor, group=None if tensor.is_cuda else _hosts, async_op=not tensor.is_cuda))
 
 
-def all_gather_parts(parts: list[torch.Tensor], sizes: list[list[int]]) -> list[torch.Tensor]:
-    """Return tensors (n, ...), each that of all processes in rank order, in one exchange.
-
-    parts: of this process, all of one dtype and alike but for n. sizes: [n of each part] for each process.
-    """
+def all_gather_parts(parts: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
+    """Return tensors (n, ...), alike but for n, each joined in rank order, in one exchange. sizes[rank]: their n."""
     if world() == 1:
-        return parts
-    own = torch.cat(parts)
+        return list(parts)
+    own = torch.cat(list(parts))
     own = torch.cat([own, own.new_zeros(max(map(sum, sizes)) - len(own), *own.shape[1:])])
     together = [torch.empty_like(own) for _ in range(world())]
     # as bytes, as gloo does not support every dtype
     _wait(dist.all_gather([part.view(torch.uint8) for part in together], own.view(torch.uint8),
                           group=None if own.is_cuda else _hosts, async_op=not own.is_cuda))
-    split = [tensor[:sum(of_rank)].split(of_rank) for tensor, of_rank in zip(together, sizes, strict=True)]
+    split = [tensor[:sum(of_rank)].split(list(of_rank)) for tensor, of_rank in zip(together, sizes, strict=True)]
     return [torch.cat(of_all) for of_all in zip(*split, strict=True)]
 
 
-def all_gather_shares(parts: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
+def all_gather_shares(parts: Sequence[torch.Tensor], counts: Sequence[int]) -> list[torch.Tensor]:
     """Return matrices with all of their rows, `counts`, of which every process passes its `share`."""
     return all_gather_parts(parts, [[len(range(count)[share(count, number)]) for count in counts]
                                     for number in range(world())])
@@ -129,7 +126,7 @@ def all_gather_object(value: Any) -> list[Any]:
     return values
 
 
-def total(counts: list[int]) -> list[int]:
+def total(counts: Sequence[int]) -> list[int]:
     """Return the sums over all processes of a list of integers, computed on the hosts."""
     return [sum(each) for each in zip(*all_gather_object(counts), strict=True)]
 

@@ -3,7 +3,7 @@
 import contextlib
 import errno
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator
 
 # How libraries say that memory is used up, where they raise neither MemoryError nor ENOMEM.
 EXHAUSTED = ("CUDA out of memory", "error: out of memory", "[CUDA]: out of memory", "STATUS_ALLOC_FAILED",
@@ -25,11 +25,8 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def reading(subject: str) -> Iterator[None]:
-    """Turn whatever a library raises while it reads what the user named into an InputError.
-
-    subject: comes before the library's reason, such as "model X: its tokenizer". A lack of memory is raised as it is.
-    """
+def reading(subject: str) -> Generator[None]:
+    """Turn whatever a library raises, but for a lack of memory, into an InputError: the subject and the reason."""
     try:
         yield
     except BaseException as error:

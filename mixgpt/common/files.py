@@ -3,7 +3,7 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -14,11 +14,8 @@ PICTURES = (".png", ".pdf", ".svg")
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path to write to; at the end of the block it is flushed to disk and renamed to `path`.
-
-    After an error the file at `path` is unchanged. Several processes may write to one path concurrently.
-    """
+def replacing(path: str | Path) -> Generator[Path]:
+    """Yield a temporary path, one for each process; without an error it is flushed to disk and renamed to `path`."""
     path = Path(path)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
@@ -37,10 +34,7 @@ def cache_folder() -> Path:
 
 
 def check_outputs(paths: Mapping[str, str | Path], overwrite: bool) -> None:
-    """Raise InputError for files that exist and may not be replaced, or that cannot be written; leaves nothing behind.
-
-    paths: {flag: path}. overwrite: whether files may be replaced.
-    """
+    """Raise InputError for files {flag: path} that exist and may not be replaced, or that cannot be written."""
     flags = {}  # by file
     for flag, path in paths.items():
         file = Path(path)
@@ -67,7 +61,7 @@ def write_output(flag: str, path: str | Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def writing(subject: str, advice: str = "name another file") -> Iterator[None]:
+def writing(subject: str, advice: str = "name another file") -> Generator[None]:
     """Raise InputError for a full, unwritable or missing disk. subject: what is written."""
     try:
         yield

@@ -6,29 +6,25 @@ import io
 import logging
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator
 
-import datasets
+import datasets.config
 from huggingface_hub import constants, utils
 
 
 @functools.cache
 def hub_reachable() -> bool:
-    """Return whether the hub answers its own client within 5 seconds; with HF_HUB_OFFLINE it is not asked.
-
-    If not, its libraries work offline from now on, within `hub_asked_anew` until its end: they would retry for 23 s
-    each time.
-    """
+    """Return whether the hub answers its own client within 5 seconds; with HF_HUB_OFFLINE it is not asked."""
     try:
         utils.get_session().head(constants.ENDPOINT, timeout=5)
     except Exception:  # what a client raises depends on its library: no name, no route, no certificate, no answer
-        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True
+        constants.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE = True  # its libraries would retry for 23 s each time
         return False
     return True  # an error status is an answer too
 
 
 @contextlib.contextmanager
-def hub_asked_anew() -> Iterator[None]:
+def hub_asked_anew() -> Generator[None]:
     """Let `hub_reachable` ask once within the block; behind it the hub's libraries are as they were before."""
     before = constants.HF_HUB_OFFLINE, datasets.config.HF_HUB_OFFLINE
     try:
@@ -39,11 +35,11 @@ def hub_asked_anew() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def silenced() -> Iterator[None]:
+def silenced() -> Generator[None]:
     """Suppress the logs and warnings of libraries, whose errors become lines, and without a terminal their bars."""
     shown = sys.stderr and sys.stderr.isatty()
     before, hidden = logging.root.manager.disable, io.StringIO()
-    hidden.behind = sys.stderr  # to which `progress.bar` still writes
+    vars(hidden).update(behind=sys.stderr)  # to which `progress.bar` still writes
     logging.disable()
     try:
         with (contextlib.nullcontext() if shown else contextlib.redirect_stderr(hidden),

@@ -4,7 +4,7 @@ import contextlib
 import gc
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -20,25 +20,17 @@ USABLE = 0.9  # of the free memory: the rest is lost between tensors, or taken b
 
 
 def free(device: torch.device) -> int:
-    """Return the bytes of a device's memory that new tensors of this process may take.
-
-    On a GPU that includes what PyTorch's allocator has cached. The processes of a machine share its memory equally.
-    """
+    """Return the bytes of a device's memory that this process may take; processes share a machine's memory equally."""
     if device.type != "cuda":
         return free_on_host() // program.world("LOCAL_WORLD_SIZE")
-    return int(USABLE * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-                         - torch.cuda.memory_allocated(device)))
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)  # by PyTorch, for new tensors
+    return int(USABLE * (torch.cuda.mem_get_info(device)[0] + cached))
 
 
 def free_on_host() -> int:
     """Return the bytes of the host's memory that are free for all processes of this machine together."""
-    return int(USABLE * min(psutil.virtual_memory().available, *_left_by_groups()))
-
-
-def _left_by_groups() -> list[float]:
-    """Return inf, and the bytes that Linux's control groups leave to this container or batch job."""
-    left = [math.inf]
-    with contextlib.suppress(OSError, ValueError):
+    left = [psutil.virtual_memory().available]
+    with contextlib.suppress(OSError, ValueError):  # Linux's control groups limit a container or a batch job
         for line in PROCESS.read_text().splitlines():
             _, kinds, path = line.split(":", 2)  # of version 2 without kinds
             group = GROUPS / ("memory" if kinds else "") / path.strip("/")
@@ -48,21 +40,17 @@ def _left_by_groups() -> list[float]:
                         used = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
                         # the rest are caches
                         left.append(max(int(most) - sum(int(used.get(field, 0)) for field in fields), 0))
-    return left
+    return int(USABLE * min(left))
 
 
 def room(path: str | Path) -> tuple[float, bool]:
-    """Return the bytes that are free for files at a path, which need not exist, and whether they are of memory.
-
-    In a tmpfs or ramfs, as many a /tmp, files take memory, here all that is free for the processes of this machine.
-    """
+    """Return the bytes free for files at a path, which need not exist, and whether they are memory, as in a tmpfs."""
     place = next(folder for folder in (Path(path).resolve(), *Path(path).resolve().parents) if folder.exists())
     disks = [disk for disk in psutil.disk_partitions(all=True) if place.is_relative_to(disk.mountpoint)]
     kind = max(disks, key=lambda disk: len(disk.mountpoint)).fstype if disks else ""
     of_disk = math.inf if kind == "ramfs" else shutil.disk_usage(place).free  # a ramfs knows no size
-    if kind not in ("tmpfs", "ramfs"):
-        return of_disk, False
-    return min(of_disk, free_on_host()), True
+    in_memory = kind in ("tmpfs", "ramfs")
+    return min(of_disk, free_on_host()) if in_memory else of_disk, in_memory
 
 
 @dataclass(frozen=True)
@@ -94,7 +82,7 @@ class OutOfGpuMemory(OutOfMemory):
 
 
 @contextlib.contextmanager
-def shared_fate() -> Iterator[None]:
+def shared_fate() -> Generator[None]:
     """Raise OutOfMemory in all processes if one runs out of memory in the block, in which none waits for another."""
     failure = cause = None
     try:
@@ -118,8 +106,8 @@ def _is_of_gpu(error: BaseException) -> bool:
 def retry_with_less_memory(plan: MemoryPlan, step: Callable[[MemoryPlan], Any], again: bool = True) -> Any:
     """Return step(plan), retrying with a more economical plan each time the GPU runs out of memory.
 
-    again: whether the step can be restarted. Several processes go on only if all know that one ran out. Raises
-    InputError in the end, or OutOfGpuMemory if all know.
+    again: whether the step can be restarted. Several processes go on only if all know that one ran out; then
+    OutOfGpuMemory is raised in the end, else InputError.
     """
     while True:
         try:

@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from mixgpt.common.errors import InputError
 
@@ -15,22 +16,22 @@ UNSUPPORTED = ("mixgpt runs on Linux and macOS; on Windows, run it in WSL, which
 SCHEMA = 1  # of mixgpt.json and progress/run.json; to be raised when older files can no longer be read
 
 
-def world(variable="WORLD_SIZE"):
+def world(variable: str = "WORLD_SIZE") -> int:
     """Return the number of processes. variable: LOCAL_WORLD_SIZE for those on this machine, all if it is not set."""
     return int(os.environ.get(variable) or os.environ.get("WORLD_SIZE") or 1)
 
 
-def rank(variable="RANK"):
+def rank(variable: str = "RANK") -> int:
     """Return the number of this process, 0 for a single one. variable: LOCAL_RANK for the number on its machine."""
     return int(os.environ.get(variable) or 0) if world() > 1 else 0
 
 
-def signature():
+def signature() -> dict[str, Any]:
     """Return what files of this program hold: their schema, the version and, in a checkout, the git commit."""
     return {"schema": SCHEMA, "program": {"version": __version__, "commit": commit()}}
 
 
-def commit():
+def commit() -> str | None:
     """Return the git commit of the checkout that this program runs from, "-dirty" if files were changed; else None."""
     root = Path(__file__).parents[2]
     place = [f"--git-dir={root / '.git'}", f"--work-tree={root}"]  # not those of a folder above it
@@ -41,8 +42,8 @@ def commit():
         return None
 
 
-def check_signature(content, place):
-    """Raise InputError if the content of a file, a dict, was written in another schema. place: names the file."""
+def check_signature(content: dict[str, Any], place: str) -> None:
+    """Raise InputError if the content of a file was written in another schema. place: names the file."""
     if content.get("schema") != SCHEMA:
         version = (content.get("program") or {}).get("version", "unknown")
         raise InputError(f"{place} was written by version {version} of this program (schema {content.get('schema')}); "

@@ -16,7 +16,8 @@ class Lines(tqdm):
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
         """Write a line if a step has ended since the last one; tqdm calls this to redraw or remove the bar."""
         if msg is None and self.n > self.last_print_n:
-            print(self, file=self.fp, flush=True)
+            self.fp.write(f"{self}\n")
+            self.fp.flush()
 
 
 def bar(iterable: Iterable | None = None, *, title: str, unit: str = "layer", **options: Any) -> tqdm:

@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -51,13 +51,9 @@ def attention_heads(config: PreTrainedConfig) -> int:
 
 
 def multiplies_bfloat16(device: torch.device) -> bool:
-    """Return whether a device has instructions that multiply bfloat16 matrices, and oneDNN is allowed to use them.
-
-    PyTorch says so of every GPU, and of processors with AVX-512; without them a product takes up to several times as
-    long as in float32.
-    """
+    """Return whether a device has instructions that multiply bfloat16 matrices, and oneDNN is allowed to use them."""
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)  # not a T4
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # not a T4, of which PyTorch says so, too
     if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
         return False
     if platform.machine().lower() not in ("x86_64", "amd64"):
@@ -82,11 +78,8 @@ def repeatable_attention(device: torch.device) -> contextlib.AbstractContextMana
 
 
 @contextlib.contextmanager
-def isolated(device: torch.device, quiet: bool) -> Iterator[None]:
-    """Within the block, PyTorch has its own defaults, whatever a caller has set, and only the first process prints.
-
-    quiet: whether it prints on stdout alone, where results and warnings go.
-    """
+def isolated(device: torch.device, quiet: bool) -> Generator[None]:
+    """Within the block, PyTorch has its own defaults, and only the first process prints; quiet: on stdout alone."""
     with contextlib.ExitStack() as stack:
         nowhere = stack.enter_context(open(os.devnull, "w"))
         if program.rank():
@@ -104,7 +97,7 @@ def isolated(device: torch.device, quiet: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def float32_products(precision: str, *backends: Any) -> Iterator[None]:
+def float32_products(precision: str, *backends: Any) -> Generator[None]:
     """Within the block, let backends of PyTorch ≥ 2.9 multiply float32 matrices in a precision, ieee or bf16."""
     with contextlib.ExitStack() as stack:
         for backend in backends:
@@ -125,11 +118,7 @@ def seeded(*key: object, device: str | torch.device = "cpu") -> torch.Generator:
 
 
 class Clock:
-    """Add up time per part of the run; a nested part is not counted in the outer one.
-
-    On a GPU it is the time between events on the stream that the part's kernels are launched on, so that the host does
-    not wait for them; elsewhere wall time. What a GPU still works on belongs to the part that launched it.
-    """
+    """Add up time per part of the run, on a GPU between events on its stream; a nested part is not in the outer one."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -147,7 +136,7 @@ class Clock:
         return dict(self._seconds)
 
     @contextlib.contextmanager
-    def part(self, name: str) -> Iterator[None]:
+    def part(self, name: str) -> Generator[None]:
         """Count the time of the block, even if an error ends it."""
         outer = self._changes[-1][0]
         self._changes.append(self._change(name))
@@ -163,7 +152,7 @@ class Clock:
         if self.device.type != "cuda":
             return name, time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)
-        event.record(torch.cuda.current_stream(self.device))
+        event.record(torch.cuda.current_stream(self.device))  # the host does not wait for it
         return name, event
 
 

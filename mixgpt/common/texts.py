@@ -42,13 +42,9 @@ class TextSet(Choice):
 
 
 def builtin_rows(split: str) -> tuple[list[str], dict[str, Any]]:
-    """Return the paragraphs of Python's help topics, and the sha256 of their concatenation.
-
-    Repeated paragraphs, ignoring indentation, are dropped: topics share whole sections, and the test text must be
-    unseen. Train is the first 80% of the characters, test the rest.
-    """
+    """Return paragraphs of Python's help topics, the first 80% of the characters for train, and the sha256 of all."""
     from pydoc_data.topics import topics  # half a megabyte
-    unique: dict[str, str] = {}
+    unique: dict[str, str] = {}  # topics share whole sections, and the test text must be unseen
     for paragraph in "\n\n".join(topics[topic] for topic in sorted(topics)).split("\n\n"):
         unique.setdefault(" ".join(paragraph.split()), paragraph)
     paragraphs = list(unique.values())
@@ -76,10 +72,7 @@ DATASETS = Registry({
 
 
 def shares_of(name: str, flag: str = "dataset") -> dict[str, float]:
-    """Return {text: share} for a mixture, or for one text; the shares add up to 1.
-
-    A text is the name of a dataset, a path, or owner/dataset:column on the hub. Raises InputError for anything else.
-    """
+    """Return {text: share} for a mixture, or for one text; shares add up to 1. Raises InputError for anything else."""
     def known(text: str) -> bool:
         return text in DATASETS or os.path.exists(text) or ON_HUB.fullmatch(text) is not None
 
@@ -98,10 +91,7 @@ def shares_of(name: str, flag: str = "dataset") -> dict[str, float]:
 
 
 def check_texts(name: str | None, tests: Iterable[str], drawn: bool) -> None:
-    """Raise InputError for calibration text or test texts that do not exist, or that overlap.
-
-    name: None for text in memory. drawn: whether calibration draws from its text. Paths have no separate splits.
-    """
+    """Raise InputError for texts that do not exist, and tests from which calibration draws: paths have no splits."""
     texts = shares_of(name) if name else ()
     drawn_from = {file.resolve() for text in texts if drawn and is_path(text) for file in _files_of(text)}
     for test in tests:
@@ -158,10 +148,7 @@ def _below(folder: str | Path, pattern: str) -> list[Path]:
 
 
 def hub_copies(data_dir: str | Path, **parts: Iterable[str]) -> dict[tuple[str, str], list[Path]]:
-    """Return the files below a folder that are named as those of named datasets on the hub, {(dataset, split): files}.
-
-    parts: the texts of which the "train" or the "test" part is needed. Raises InputError that names all files missing.
-    """
+    """Return {(dataset, split): files below a folder, named as on the hub}. parts: train=datasets, test=datasets."""
     if not os.path.isdir(data_dir):
         raise InputError(f"--data-dir {data_dir}: no such folder")
     copies, missing = {}, []
@@ -207,10 +194,7 @@ def json_rows(file: TextIO) -> list[Any]:
 
 
 def texts_of(rows: Iterable[Any], subject: str, columns: tuple[str, ...] = COLUMNS) -> list[Row]:
-    """Return the texts or chats of rows, which are these, or dicts with one in the first of the columns they have.
-
-    A chat is [{"role": …, "content": …}, …], and loses further keys. Raises InputError that begins with the subject.
-    """
+    """Return the texts or chats of rows, which are these, or dicts with one in the first of the columns they have."""
     texts = []
     for number, row in enumerate(rows, 1):
         if isinstance(row, dict):

@@ -33,13 +33,22 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
              heading: str | None = None) -> Completion:
     """Complete `prompt` with a model that is entirely on its device.
 
-    temperature: 0 is greedy; otherwise tokens are sampled, seeded by `seed`; all else is as the model's generation
-    config says, a penalty of repetitions for example. until: stop strings, not included. bos: as `token_ids` takes it.
-    heading: if given, it is printed, and below it the completion while it is made. If prompt and completion exceed the
-    model's context, the prompt is truncated on the left. Raises InputError if even that leaves no room, for a prompt
-    without usable tokens, and if logits are NaN or inf.
+    temperature: 0 is greedy; otherwise tokens are sampled. All else is as the model's generation config says. until:
+    stop strings, not included. bos: as `token_ids` takes it. heading: printed, and below it the completion while it is
+    made. A prompt without room in the model's context is truncated on the left. Raises InputError if even that leaves
+    no room, for a prompt without usable tokens, and if logits are NaN or inf.
     """
-    ids, cut = _prompt_ids(model, tokenizer, prompt, max_new_tokens, bos)
+    ids = torch.tensor([token_ids(tokenizer, prompt, bos, goes_on=True)], dtype=torch.long, device=model.device)
+    limit, vocabulary = position_limit(model.config), model.get_input_embeddings().num_embeddings
+    if limit and max_new_tokens >= limit:
+        raise InputError(f"--max-new-tokens {max_new_tokens}: the model's limit is {limit} tokens, with the prompt")
+    if not ids.numel():
+        raise InputError("prompt: the model's tokenizer gives no token for it; give another one")
+    if ids.max() >= vocabulary:
+        raise InputError(f"model {model.config.name_or_path}: its tokenizer gives token {ids.max()}, but its "
+                         f"vocabulary has {vocabulary}")
+    cut = max(ids.shape[1] + max_new_tokens - limit, 0) if limit else 0
+    ids = begin(ids[:, cut:], tokenizer, bos)
     streamer = None if heading is None else TextStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     times = []
 
@@ -67,20 +76,3 @@ def complete(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt:
     gaps = [after - before for before, after in pairwise(times)]  # in the first one kernels are compiled
     nbytes = sum(tensor.nbytes for tensor in (*model.parameters(), *model.buffers()))
     return Completion(text, len(output), seconds, 1 / median(gaps or [math.nan]), nbytes, cut)
-
-
-def _prompt_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, max_new_tokens: int,
-                bos: str | None) -> tuple[torch.Tensor, int]:
-    """Return the tokens (1, T) of a prompt, on the model's device, and how many there was no room for before them."""
-    ids = torch.tensor([token_ids(tokenizer, prompt, bos, goes_on=True)], dtype=torch.long, device=model.device)
-    limit = position_limit(model.config)
-    if limit and max_new_tokens >= limit:
-        raise InputError(f"--max-new-tokens {max_new_tokens}: the model's limit is {limit} tokens, with the prompt")
-    vocabulary = model.get_input_embeddings().num_embeddings
-    if not ids.numel():
-        raise InputError("prompt: the model's tokenizer gives no token for it; give another one")
-    if ids.max() >= vocabulary:
-        raise InputError(f"model {model.config.name_or_path}: its tokenizer gives token {ids.max()}, but its "
-                         f"vocabulary has {vocabulary}")
-    cut = max(ids.shape[1] + max_new_tokens - limit, 0) if limit else 0
-    return begin(ids[:, cut:], tokenizer, bos), cut

@@ -74,7 +74,6 @@ class Survey:
     """The zeros of a StreamedModel, and the logits of a few tokens, taken while its layers are on the device."""
 
     def __init__(self, streamed: StreamedModel, tokens: Tensor | None = None) -> None:
-        """tokens: (N, T), if their logits are asked for."""
         self.streamed, self.tokens, self.counts = streamed, tokens, []
         self.embedded = None if tokens is None else streamed.embed(tokens)
 

@@ -24,10 +24,9 @@ TOLERANCE = 1e-3  # Logits may differ by this share of their standard deviation;
 def check(name: str, skeleton: PreTrainedModel, device: torch.device) -> tuple[float, list[str]]:
     """Raise InputError if a model's logits differ when its layers run one at a time.
 
-    skeleton: the model on meta. device: where it will run; this runs on the host, or there if kernels of other packages
-    need a GPU. A copy with random weights and a few layers, of every kind, runs on SEQUENCES sequences, in batches of
-    two and of one. Returns the bytes that a sequence takes between two layers, with what layers leave for later ones,
-    in units of its hidden states alone; and the names of linears that are not called as modules.
+    skeleton: the model on meta. A copy with random weights and a few layers, of every kind, runs on the host, or on the
+    device if need be, in batches of two and of one. Returns the bytes that a sequence takes between two layers, in
+    units of its hidden states alone; and the names of linears that are not called as modules.
     """
     kind, layers, uncalled = type(skeleton).__name__, decoder.layers_of(skeleton), set()
     refusal = f"model {name}: this {kind} cannot be run one decoder layer at a time"
@@ -36,7 +35,14 @@ def check(name: str, skeleton: PreTrainedModel, device: torch.device) -> tuple[f
         for place, narrow in ((torch.device("cpu"), True), (device, True), (device, False)):
             with contextlib.suppress(*[Exception] if narrow else []), torch.random.fork_rng(devices=[]):
                 torch.manual_seed(0)
-                config = small(skeleton.config, layers, narrow)
+                config = with_few_layers(skeleton.config, layers, 2)
+                config.vocab_size = min(config.vocab_size, VOCABULARY)
+                limits = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), config.vocab_size - 1)
+                limits |= {"vocab_size_per_layer_input": VOCABULARY} | (WIDTHS if narrow else {})
+                for key, limit in limits.items():
+                    if isinstance(value := getattr(config, key, None), int):
+                        setattr(config, key, min(value, limit))
+                config.initializer_range = 0.2  # Small weights would hide differences.
                 model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, trust_remote_code=False)
                 model.eval().to(place)
                 tokens = torch.randint(config.vocab_size, (SEQUENCES, TOKENS)).to(place)
@@ -57,28 +63,10 @@ def check(name: str, skeleton: PreTrainedModel, device: torch.device) -> tuple[f
             sorted(uncalled))
 
 
-def small(config: PretrainedConfig, layers: torch.nn.ModuleList, narrow: bool) -> PretrainedConfig:
-    """Return a copy of a configuration with few layers, of every kind that `layers` have, and a small vocabulary.
-
-    narrow: also with narrow MLPs.
-    """
-    config = with_few_layers(config, layers, 2)
-    config.vocab_size = min(config.vocab_size, VOCABULARY)
-    limits = dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id"), config.vocab_size - 1)
-    limits |= {"vocab_size_per_layer_input": VOCABULARY} | (WIDTHS if narrow else {})
-    for name, limit in limits.items():
-        if isinstance(value := getattr(config, name, None), int):
-            setattr(config, name, min(value, limit))
-    config.initializer_range = 0.2  # Small weights would hide differences.
-    return config
-
-
 def with_few_layers(config: PretrainedConfig, layers: torch.nn.ModuleList, least: int) -> PretrainedConfig:
-    """Return a copy of a configuration with as few of its first layers as show every kind, and at least so many.
-
-    A kind is a layer's modules, and its entries in lists of the configuration.
-    """
+    """Return a copy of a configuration with as few of its first layers as show every kind, and at least so many."""
     lists = [value for value in config.to_dict().values() if isinstance(value, list) and len(value) >= len(layers)]
+    # A kind is a layer's modules, and its entries in lists of the configuration.
     kinds = [([str(value[index]) for value in lists], [(name, type(module)) for name, module in layer.named_modules()])
              for index, layer in enumerate(layers)]
     count = max(kinds.index(kind) for kind in kinds[:LAYERS]) + 1

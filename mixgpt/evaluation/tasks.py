@@ -40,10 +40,7 @@ PADDING = 16  # Lengths are padded to multiples of it, so that few distinct ones
 
 
 def load(names: Iterable[str], folder: str | None) -> dict[str, dict]:
-    """Build lm-eval tasks, groups and tags with their data, and try them on a model that guesses.
-
-    folder: with additional tasks. Returns the argument of `score`. Raises InputError if a task is unknown or unusable.
-    """
+    """Build lm-eval tasks, groups and tags, also of a folder, for `score`, and try them on a model that guesses."""
     if folder is not None and not any(Path(folder).glob("**/*.yaml")):
         raise InputError(f"--tasks-dir {folder}: must be a folder with .yaml files that describe tasks of lm-eval")
     chosen = {"tasks": {}, "groups": {}}
@@ -89,9 +86,8 @@ def score(chosen: dict[str, dict], model: PreTrainedModel, tokenizer: PreTrained
           device: torch.device, bos: str | None = None) -> dict[str, dict]:
     """Score a model on the tasks from `load`.
 
-    tokens: number per batch. bos: as `token_ids` takes it. Returns {task or group: {metric: value, metric_stderr:
-    value, "examples": count, "num_fewshot": count, "version": lm-eval's}}; a metric behind a filter is "metric
-    (filter)", and values unknown to lm-eval are left out. Prints a warning if texts were truncated.
+    tokens: number per batch. Returns {task or group: {metric: value, metric_stderr: value, "examples": count,
+    "num_fewshot": count, "version": lm-eval's}}; a metric behind a filter names it in parentheses.
     """
     lm, scores = StreamedLM(model, tokenizer, tokens, device, bos), {}
     with contextlib.redirect_stdout(io.StringIO()), silenced():

@@ -41,7 +41,7 @@ def smallest(scores: Sequence[Tensor], ks: Sequence[int | Tensor], totals: Seque
             order = values.argsort(stable=True)
             mask.scatter_(0, order, torch.arange(len(values), device=values.device) < k)
         elif k:
-            value = values.kthvalue(k).values
+            value = values.kthvalue(int(k)).values
             mask, like, missing = values <= value, values == value, k - (values < value).sum()
             if like.sum() > missing:
                 mask &= ~like | (like.cumsum(0) <= missing)

@@ -65,26 +65,6 @@ class BaichuanAttention(LlamaAttention):
         return self.o_proj(output.reshape(B, T, C)), weights
 
 
-def alibi_mask(heads: int, queries: int, keys: int, attention_mask: Tensor | None, dtype: torch.dtype,
-               device: torch.device) -> Tensor:
-    """Return the bias for the scores of the last `queries` of `keys` positions: (1 or B, heads, queries, keys).
-
-    −slope · distance for earlier positions, the lowest finite number elsewhere. Slopes are 2^(−8i/n), i = 1 … n, n the
-    largest power of two that fits; the remaining heads take every other slope of 2n heads (arXiv 2108.12409, section 3
-    and its code). attention_mask: (B, keys), 0 for padding, or None. Distances, not positions: small numbers are exact
-    in bfloat16, and left padding shifts nothing.
-    """
-    n = 2 ** math.floor(math.log2(heads))
-    slopes = [2 ** (-8 * i / n) for i in range(1, n + 1)] + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)]
-    position = torch.arange(keys, device=device)
-    distance = position[keys - queries:, None] - position
-    bias = -torch.tensor(slopes, device=device)[:, None, None] * distance
-    blocked = (distance < 0)[None, None]
-    if attention_mask is not None:
-        blocked = blocked | (attention_mask[:, None, None] == 0)
-    return bias.to(dtype).masked_fill(blocked, torch.finfo(dtype).min)
-
-
 class BaichuanModel(LlamaModel):
     """The decoder without its head."""
 
@@ -102,11 +82,22 @@ class BaichuanModel(LlamaModel):
     def forward(self, input_ids: Tensor | None = None, attention_mask: Tensor | None = None, cache: Cache | None = None,
                 inputs_embeds: Tensor | None = None, **kwargs: object) -> BaseModelOutputWithPast:
         if not self.config.rotary:
-            source = input_ids if input_ids is not None else inputs_embeds
-            queries = source.shape[1]
-            keys = queries + (cache.get_seq_length() if cache is not None else 0)
-            attention_mask = alibi_mask(self.config.num_attention_heads, queries, keys, attention_mask,
-                                        self.embed_tokens.weight.dtype, source.device)
+            source, dtype = input_ids if input_ids is not None else inputs_embeds, self.embed_tokens.weight.dtype
+            # Scores get −slope · distance. Slopes are 2^(−8i/n), i = 1 … n, n the largest power of two up to the heads;
+            # other heads take every other slope of 2n heads (arXiv 2108.12409, section 3 and its code).
+            heads = self.config.num_attention_heads
+            n = 2 ** math.floor(math.log2(heads))
+            slopes = torch.tensor([2 ** (-8 * i / n) for i in range(1, n + 1)]
+                                  + [2 ** (-4 * i / n) for i in range(1, 2 * (heads - n), 2)], device=source.device)
+            seen = cache.get_seq_length() if cache is not None else 0
+            position = torch.arange(seen + source.shape[1], device=source.device)
+            # Distances, not positions: small numbers are exact in bfloat16, and left padding shifts nothing.
+            distance = position[seen:, None] - position
+            blocked = (distance < 0)[None, None]
+            if attention_mask is not None:  # (B, keys), 0 for padding
+                blocked = blocked | (attention_mask[:, None, None] == 0)
+            bias = (-slopes[:, None, None] * distance).to(dtype)
+            attention_mask = bias.masked_fill(blocked, torch.finfo(dtype).min)  # (1 or B, heads, queries, keys)
         return super().forward(input_ids=input_ids, attention_mask=attention_mask, cache=cache,
                                inputs_embeds=inputs_embeds, **kwargs)
 

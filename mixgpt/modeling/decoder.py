@@ -82,10 +82,7 @@ def is_shared(argument: object) -> bool:
 
 
 def per_sequence(calls: list, others: list, N: int) -> list:
-    """Return the arguments of all layers with a `PerSequence` in place of those that depend on tokens, else None.
-
-    calls, others: the arguments for two batches of one sequence without a common token. N: number of all sequences.
-    """
+    """Return a `PerSequence` (N, ...) where arguments for two sequences without a common token differ, else None."""
     kept = {}  # {id of a tensor: its PerSequence}, as many layers may take the same tensor.
 
     def compare(ours: Any, theirs: Any) -> PerSequence | None:

@@ -145,10 +145,7 @@ def _run_split(experts: nn.Module, hidden_states: Tensor, top_k_index: Tensor, t
 
 
 def published(model: PreTrainedModel) -> dict[str, tuple[str, ExpertSlice | None]]:
-    """Return {name of a tensor once experts are split: (key in the published checkpoint, `ExpertSlice` or None)}.
-
-    model: as transformers builds it, possibly on meta. Its conversion for saving is run on numbers of the tensors.
-    """
+    """Return {name of a tensor once experts are split: (published key, `ExpertSlice` or None)} while they are not."""
     tensors, names = {}, []
     for name, tensor in model.state_dict().items():
         path, _, leaf = name.rpartition(".")
@@ -163,7 +160,7 @@ def published(model: PreTrainedModel) -> dict[str, tuple[str, ExpertSlice | None
             parts = {leaf: ExpertSlice(tensor.shape, None, transposed=True) if transposed else None}
         tensors[name] = numbers.clone()
         names += [(name.removesuffix(leaf) + part_name, part) for part_name, part in parts.items()]
-    places = {}
+    places = {}  # The model's conversion for saving tells where the numbers of tensors end up.
     for key, numbers in revert_weight_conversion(model, tensors).items():
         for number in numbers.flatten().tolist():
             name, part = names[number]
@@ -180,8 +177,7 @@ def on_meta(model: PreTrainedModel) -> PreTrainedModel:
 def layout_of(model: PreTrainedModel) -> dict[str, tuple[str, ExpertSlice | None]] | None:
     """Return {name: (key, `ExpertSlice` or None)} of the tensors that published checkpoints keep under another key.
 
-    model: with its experts split, possibly on meta. Returns None where transformers splits or joins other matrices when
-    it loads a checkpoint: only it can load and save the model, which is then in memory.
+    Returns None for a model in whose checkpoints transformers splits or joins other matrices: only it can load them.
     """
     fused = on_meta(model)
     try:

@@ -31,10 +31,7 @@ def other_weights(layer: nn.Module) -> dict[str, nn.Parameter]:
 
 @torch.no_grad()
 def shared_inputs(layer: nn.Module, index: int, stream: HiddenStates) -> list[list[str]]:
-    """Group the linears of a layer that read the same tensor, by running one sequence through it.
-
-    Returns lists of names, in the order in which the inputs are first read. Linears not called as modules are missing.
-    """
+    """Group the linears that a layer calls by the tensors they read, in that order, by running one sequence."""
     groups, inputs = {}, []  # Inputs are kept alive, so that no address is reused.
 
     def note(name: str, X: Tensor) -> None:

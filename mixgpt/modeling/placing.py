@@ -22,10 +22,7 @@ READER = ThreadPoolExecutor(1)  # One thread reads all ahead: malloc would keep 
 
 @contextlib.contextmanager
 def on_device(modules: Iterable[nn.Module], device: torch.device, ahead: Future | None = None) -> Generator[None]:
-    """Keep `modules` on `device` within the block; afterwards on the host, or on disk if they have `disk_weights`.
-
-    Changes to modules on disk are lost unless written there. ahead: a single module's tensors that are being read.
-    """
+    """Keep `modules` on `device` within the block; then on the host, or on disk, where changes are only if written."""
     there = {}  # A head may share its weight with the embedding: it is moved once.
 
     def move(key: tuple, tensor: Tensor) -> Tensor:
@@ -64,11 +61,8 @@ def whole(model: PreTrainedModel, device: torch.device) -> AbstractContextManage
 
 def place_for(nbytes: float, device: torch.device, on_host: bool = False,
               free: Callable[[torch.device], float] | None = None) -> str:
-    """Choose where states go: the first of "device" (not with on_host), "host", "disk" with twice nbytes free.
-
-    free: a function like `memory.free`, the default, for another machine.
-    """
-    free = free or memory.free
+    """Choose where states go: the first of "device" (not with on_host), "host", "disk" with twice nbytes free."""
+    free = free or memory.free  # Another machine has another one.
     if device.type == "cuda" and not on_host and 2 * nbytes <= free(device):
         return "device"
     return "host" if 2 * nbytes <= free(torch.device("cpu")) else "disk"

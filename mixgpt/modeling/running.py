@@ -46,10 +46,7 @@ class StreamedModel:
 
     @torch.no_grad()
     def embed(self, tokens: Tensor, sets: float = 1) -> "HiddenStates":
-        """Return the `HiddenStates` of tokens (N, T) before the first layer, with arguments for batches of their sizes.
-
-        sets: how many such sets to make room for, in one place. Raises ValueError if the batch does not come first.
-        """
+        """Return the `HiddenStates` of tokens (N, T) before the first layer, with room for so many sets of them."""
         stream, layers = HiddenStates(torch.empty(0), self.batch_size, self.device), self.layers
         with on_device(decoder.rest_of(self.model).values(), self.device):
             hidden, calls = _record(self.model, layers, tokens[:1].to(self.device))
@@ -76,10 +73,7 @@ class Reached(Exception):
 
 def _record(model: PreTrainedModel, layers: nn.ModuleList, tokens: Tensor,
             tuples: bool = True) -> tuple[Tensor, list[tuple[tuple, dict]]]:
-    """Run a model up to its layers. Returns the hidden states before these, and the (args, kwargs) of each layer.
-
-    Models with sliding windows pass different masks to different layers. tuples: whether the layers return tuples.
-    """
+    """Run a model up to its layers. Returns the hidden states before these, and the (args, kwargs) of each layer."""
     calls = []
 
     def record(hidden: Tensor, *args: object, **kwargs: object) -> Tensor | tuple[Tensor, None]:

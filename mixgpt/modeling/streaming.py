@@ -38,10 +38,7 @@ def disk_weights(module: nn.Module) -> dict[str, TensorLocation] | None:
 
 
 def stored_dtype(model: PreTrainedModel) -> torch.dtype:
-    """Return the dtype of a model's weights in a checkpoint: its attribute `stored_dtype` where memory has a wider one.
-
-    All weights that a run changes are rounded to it at once, so that what is saved is the model in memory.
-    """
+    """Return the dtype of a model's weights in a checkpoint, to which all changes are rounded at once."""
     return getattr(model, "stored_dtype", model.dtype)
 
 
@@ -52,10 +49,7 @@ def locations_of(model: PreTrainedModel) -> dict[str, TensorLocation]:
 
 
 def read(module: nn.Module, pinned: bool = False) -> dict[str, Tensor]:
-    """Read {name: tensor} of a module on disk, in its dtypes. Raises InputError for NaN or inf.
-
-    pinned: use memory that PyTorch gives to no other tensor before the copies from it to a GPU have ended.
-    """
+    """Read {name: tensor} of a module on disk, in its dtypes; pinned: for a GPU. Raises InputError for NaN or inf."""
     locations, tensors = disk_weights(module), {}
     files = {file: safe_open(file, "pt") for file in {location.file for location in locations.values()}}
     for name, own in module.state_dict().items():

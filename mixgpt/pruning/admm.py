@@ -26,10 +26,9 @@ def prune_masks(scores: Sequence[Tensor], targets: Sequence[Target], totals: Seq
                 fraction: float | None = None) -> list[Tensor]:
     """Mark the weights to prune, those of the smallest scores of each of several matrices.
 
-    scores: matrices (out, in), below 0 where a weight must go; with several processes, each passes its share of the
-    `totals` rows. targets: round(sparsity · numel) weights of a matrix go, or prunen of every prunem (the same for all
-    matrices) consecutive ones of a row. fraction: multiplies these numbers; without n:m they are then only approximate,
-    from a sample of the scores. Returns boolean masks.
+    scores: matrices (out, in), this process's share of the `totals` rows, below 0 where a weight must go. targets:
+    round(sparsity · numel) weights of a matrix go, or prunen of every prunem (the same for all) consecutive ones of a
+    row. fraction: multiplies these numbers; without n:m they are then approximate, from a sample of the scores.
     """
     columns, prunem = scores[0].shape[1], targets[0].prunem
     if fraction is not None and not prunem:
@@ -55,9 +54,8 @@ def admm_scores(W: Tensor, H: Tensor, counts: list[int], targets: Sequence[Targe
                 row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Score weights by the alternating direction method of multipliers; the largest scores are to be kept.
 
-    W: (out, in), the optima of stacked matrices, which have `counts` rows; zeros go first. row_weights: (out,), the
-    weight of each row's error, above 0; it affects only the ranking, as rows are independent. Returns the scores and
-    the values that the weights have reached, both (out, in).
+    W: (out, in), the optima of stacked matrices, which have `counts` rows; zeros go first. row_weights: (out,), above
+    0; they affect only the ranking, as rows are independent. Also returns the values that weights have reached.
     With Z the sparse copy of the weights and V the scaled multipliers, each iteration sets (ρ = 1)
     W ← (H + ρI)⁻¹ (H W* + ρ (Z − V)), Z ← the largest weights of W + V, V ← W + V − Z, while the sparsity rises as
     1 − (1 − t/RAMP)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
@@ -83,8 +81,7 @@ def admm_scores(W: Tensor, H: Tensor, counts: list[int], targets: Sequence[Targe
 def solve_on_support(W: Tensor, optimum: Tensor, H: Tensor, keep: Tensor, steps: int = STEPS) -> Tensor:
     """Minimize (w − w*) H (w − w*)ᵀ over the kept weights of each row, by conjugate gradients started at W.
 
-    W, optimum (W*): (out, in). keep: mask (out, in). All rows at once; as H has a unit diagonal, plain conjugate
-    gradients are already Jacobi-preconditioned. ALPS (arXiv 2406.07831), section 3.3. Returns (out, in).
+    All are (out, in). As H has a unit diagonal, this is Jacobi-preconditioned: ALPS (arXiv 2406.07831), section 3.3.
     """
     keep = keep.to(W.dtype)
     W = W * keep
@@ -109,8 +106,7 @@ def admm_pruner(matrices: list[Tensor], H: Tensor, targets: Sequence[Target], ro
     """Rank the weights of matrices that read the same input by ADMM; return a function that prunes to given targets.
 
     matrices: their optima (out, in); zeros stay zero. H: (in, in), damped; overwritten. row_weights: (total rows,).
-    dead: (in,), marks columns without input, whose weights go first. The function takes these or similar targets, runs
-    `solve_on_support`, and returns matrices like the optima.
+    dead: (in,), marks columns without input, whose weights go first.
     """
     scale = H.diagonal().sqrt()
     H = H.div_(scale).div_(scale[:, None])

@@ -112,16 +112,14 @@ class Calibration:
         output, unless no matrix of a later layer is planned. Raises InputError if an input is not finite.
         """
         self._rotate(index, layer)
-        recipe = self.recipe
+        recipe, reference = self.recipe, self.reference
         names = [name for planned, name in self.plan if planned == index]
         groups = [tuple(name for name in group if name in names) for group in shared_inputs(layer, index, self.stream)]
         groups = [group for group in groups if group]
         if unused := set(names).difference(*groups):
             raise InputError(f"layer {index} {', '.join(sorted(unused))}: not called as a module, cannot be "
                              "calibrated; leave it out with --prune-only")
-        twin = None
-        if self.reference:
-            twin = DenseTwin(layer, index, self.stream, self.reference, groups, recipe.light_first)
+        twin = DenseTwin(layer, index, self.stream, reference, groups, recipe.light_first) if reference else None
         hessians = LayerHessians(layer, self.stream, groups, self.nsequences, self.clock, twin)
         passes = self._one_pass if recipe.true_sequential else self._two_passes
         with contextlib.closing(passes(layer, index, hessians, twin)) as stops:
@@ -183,15 +181,13 @@ class Calibration:
         self.stream.advance(layer, index)
 
 
-
 @torch.no_grad()
 def paused_forwards(layer: nn.Module, index: int, stream: HiddenStates, stops: list[nn.Module],
                     read: Callable[[nn.Module, Tensor], None]) -> Generator[nn.Module]:
     """Run all batches through layer number `index` concurrently, pausing at each module of `stops`.
 
-    stops: modules in the order in which the layer runs them. Calls read(module, input) for each batch, and yields the
-    module once all batches wait before it, so that its weights can be changed given all its inputs. When the generator
-    is exhausted, the stream holds the layer's output.
+    stops: in the order in which the layer runs them. Calls read(module, input) for each batch, and yields the module
+    once all batches wait before it, to be changed given all its inputs. At the end, the stream holds the output.
     """
     def forward(rows: slice) -> None:
         stream.put(rows, stream.forward(layer, index, rows))

@@ -99,10 +99,7 @@ class _Search:
                 self.bases[name] = Y
 
     def see(self, state: Tensor | None) -> None:
-        """Explain a `view` of a tensor as a later state of the stream, if it is one.
-
-        Outputs of linears, times scales by least squares, must sum up to its change; these linears are writers.
-        """
+        """Explain a `view` as the stream plus outputs of linears, writers, times scales by least squares, if it is."""
         if state is None or not self.pending or torch.equal(state, self.bases[""]):
             return
         A = torch.stack([output for _, output in self.pending.values()], 1)
@@ -127,8 +124,8 @@ class _Search:
 def first_token_weights(hidden: Tensor) -> Tensor:
     """Return weights (B, T) of the tokens of hidden states (B, T, C).
 
-    The first token of a sequence, which all others attend to, may have a huge residual stream. Norms divide by it, so
-    errors of what is added there matter as much less as it exceeds the median. All other tokens have 1.
+    The first token, which all others attend to, may have a huge residual stream. Norms divide by it, so that errors
+    there matter as much less as it exceeds the median. All other tokens have 1.
     """
     sizes = wide(hidden).norm(dim=-1)
     weights, first, median = torch.ones_like(sizes), sizes[:, 0], sizes.median(1).values
@@ -139,9 +136,8 @@ def first_token_weights(hidden: Tensor) -> Tensor:
 class DenseTwin:
     """The dense copy of a layer and what it computes, batch by batch; the pruned layer runs each batch after it.
 
-    layer: the dense copy. stops: {its module: the pruned layer's}, for the first reader of each input. readers: {module
-    of either layer whose output reaches the residual stream: function}, to be called in every batch. groups: the names
-    of the linears that read each input. light_first: whether writers weigh tokens by `first_token_weights`.
+    stops: {its module: the pruned layer's}, for the first reader of each input. readers: {module of either layer whose
+    output reaches the residual stream: function}, to be called in every batch. groups: the readers of each input.
     """
 
     def __init__(self, layer: nn.Module, index: int, stream: HiddenStates, reference: HiddenStates,
@@ -185,10 +181,7 @@ class DenseTwin:
         self._inputs[self.stops[twin]].append((x, getattr(twin, "tokens", None)))
 
     def gaps(self, module: nn.Module, X: Tensor) -> dict[str, Tensor | None]:
-        """Return half of the input gap or of the output gap of a pruned layer's module in the next batch, with input X.
-
-        These are keyword arguments of `InputHessian.add_batch`; with an output gap there are the weights of its tokens.
-        """
+        """Return half of a module's input gap or output gap in the next batch, for `InputHessian.add_batch` with X."""
         batch, self._taken[module] = self._taken[module], self._taken[module] + 1
         x, tokens = self._inputs[module].popleft()
         if isinstance(module, RoutedLinear):  # Tokens that only the pruned model routes here have no gap.

@@ -55,8 +55,7 @@ def reference_states(streamed: StreamedModel, tokens: Tensor) -> dict[str, Tenso
     """Run the dense model on this process's share of tokens (N, T). Returns {name: tensor on the host}.
 
     "states": the last hidden states, (n, T, C). "vocabulary", for models with more than VOCABULARY tokens: the sorted
-    numbers of so many, those of the text and others that the model predicts most. Distillation is as good without the
-    rest, which share 1% to 2% of its predictions.
+    numbers of so many, those of the text and others that the model predicts most; the rest share 1% to 2%.
     """
     stream = streamed.embed(tokens[distributed.share(len(tokens))])
     for index, layer in in_turn(streamed.layers, streamed.device, "dense model"):
@@ -90,23 +89,20 @@ def training_bytes(streamed: StreamedModel, tokens: Tensor, effort: float = 1.0)
     return needs.training_bytes(streamed, tokens, per_step(tokens, effort), VOCABULARY)
 
 
-
 @torch.no_grad()
 def distill(streamed: StreamedModel, chosen: dict[Key, Grid | None], tokens: Tensor, reference: dict[str, Tensor],
             seed: int, finish: Callable[[int, nn.Module], None] | None = None, effort: float = 1.0) -> float:
     """Train the chosen matrices in place.
 
-    streamed: the pruned model, which is put on the device as a whole. chosen: all pruned or quantized matrices. Their
-    kept weights are trained, or, with a grid, its scales, which change in place at the end. tokens: (N, T), each
-    sequence read once, in an order drawn by the seed. reference: `reference_states` of these. finish: called at the end
-    with (index, layer) for each layer up to the last chosen one, while it is on the device. effort: multiplies STEPS.
-    Returns the mean divergence KL(p ‖ q) per token, in nats. Raises Diverged if it or a weight is not finite,
-    memory.OutOfMemory, or torch.OutOfMemoryError in one of several processes; the model is then as it was before.
+    streamed: the pruned model, put on the device as a whole. chosen: all pruned or quantized matrices, of which kept
+    weights are trained or, with a grid, its scales, in place at the end. finish: called at the end for each layer up to
+    the last chosen one, while it is on the device. Returns the mean KL(p ‖ q) per token, in nats. Raises Diverged if it
+    or a weight is not finite, or an error of memory, maybe in this process alone; the model is then as it was before.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     mine, size = tokens[distributed.share(len(tokens))], per_step(tokens, effort)
     steps = torch.randperm(len(mine), generator=seeded(seed, "distillation", distributed.rank())).split(size)
-    steps += (steps[0][:0],) * (-(-_most(tokens) // size) - len(steps))  # Every process takes as many steps.
+    steps += (steps[0][:0],) * (-(-len(tokens) // (size * distributed.world())) - len(steps))  # All take as many steps.
     with contextlib.ExitStack() as stack:
         # A process that runs out of memory in the middle of a step leaves others waiting: only a single one goes on.
         with memory.shared_fate() if distributed.world() == 1 else contextlib.nullcontext():
@@ -161,15 +157,11 @@ def _train(stream: HiddenStates, layers: nn.ModuleList, head: Callable[[Tensor],
     return divergence / count
 
 
-def _most(tokens: Tensor) -> int:
-    """Return the number of sequences in the largest share of a process."""
-    return -(-len(tokens) // distributed.world())
-
-
 def per_step(tokens: Tensor, effort: float) -> int:
     """Return how many sequences a process takes in a step."""
+    most = -(-len(tokens) // distributed.world())  # Sequences in the largest share of a process.
     enough = -(-STEP_TOKENS // (tokens.shape[1] * distributed.world()))
-    return min(max(math.ceil(_most(tokens) / (STEPS * effort)), enough), _most(tokens))
+    return min(max(math.ceil(most / (STEPS * effort)), enough), most)
 
 
 @contextlib.contextmanager
@@ -264,10 +256,7 @@ class _Scales:
 
 
 def _step(states: "Sequence[_Weight | _Scales]", divergence: float, number: int) -> None:
-    """Move the rows of a matrix equally far, or factors of its scales, against the gradients, which are removed.
-
-    divergence: summed over the tokens of the gradients. number: of the step, counted from 1 where averaging starts.
-    """
+    """Move the rows of a matrix equally far, or factors of its scales, against the gradients, which are removed."""
     gradients = []
     for state in states:
         gradients.append(torch.zeros_like(state.lag) if state.weight.grad is None else state.gradient())
@@ -281,6 +270,6 @@ def _step(states: "Sequence[_Weight | _Scales]", divergence: float, number: int)
         rate = divergence / fall if isinstance(state, _Weight) else SCALES_RATE
         change = gradient.to(torch.float32, copy=True).mul_(torch.where(norm > 0, rate * size / norm, 0))
         state.exact.sub_(change)
-        if number > 1:
+        if number > 1:  # It is 1 where averaging starts.
             state.lag.add_(change.to(state.lag.dtype)).mul_(1 - 1 / number)
         state.update()

@@ -38,7 +38,7 @@ class ExpertRows:
     numbers: tuple[int, ...]  # The numbers of these experts.
 
     def of(self, tensor: Tensor) -> Tensor:
-        """Return the entries of these experts. tensor: a tensor, or a slice of a safetensors file, not yet read."""
+        """Return the entries of these experts from a tensor, or from a slice of a safetensors file."""
         return tensor[:].index_select(self.dim, torch.tensor(self.numbers))
 
 
@@ -48,11 +48,7 @@ def _experts_of(model: nn.Module) -> tuple[str, nn.Module | None]:
 
 
 def with_fewer_experts(model: PreTrainedModel, fraction: float) -> PreTrainedModel:
-    """Return a model on meta, like this one but without a fraction of the experts of each layer.
-
-    model: possibly on meta, with its experts split. Groups of experts among which routers choose stay equally large.
-    Raises InputError if there are no experts, too few would be left for a token, or they cannot be told apart.
-    """
+    """Return a model on meta like this one without a fraction of each layer's experts, or raise InputError."""
     config, kind, flag = copy.deepcopy(model.config), type(model).__name__, f"--experts {fraction:g}"
     counts = {module.num_experts for module in model.modules() if is_split(module)}
     names = [name for name in EXPERTS if config.to_dict().get(name) in counts]
@@ -77,10 +73,7 @@ def with_fewer_experts(model: PreTrainedModel, fraction: float) -> PreTrainedMod
 
 
 def _sources(index: int, layer: nn.Module, smaller: nn.Module, kept: Iterable[int]) -> dict[str, tuple]:
-    """Return {name of a tensor of a layer with fewer experts: (its name in the layer, `ExpertRows` or None)}.
-
-    smaller: the layer with fewer experts. kept: the numbers of these, ascending. Empty for a layer without experts.
-    """
+    """Return {name of a tensor of a layer with the `kept` experts: (its name in the layer, `ExpertRows` or None)}."""
     state, (path, experts), kept, sources = layer.state_dict(), _experts_of(layer), tuple(kept), {}
     for name, tensor in smaller.state_dict().items() if experts else ():
         source = re.sub(rf"^({re.escape(path)}\.)(\d+)\.", lambda found: f"{found[1]}{kept[int(found[2])]}.", name)
@@ -100,7 +93,7 @@ def expert_scores(streamed: StreamedModel, tokens: Tensor) -> dict[int, Tensor]:
         _, experts = _experts_of(layer)
         with _recording(experts, stream.device) if experts else contextlib.nullcontext() as recorded:
             stream.advance(layer, index)
-        if experts:
+        if recorded is not None:
             distributed.all_reduce(recorded)
             if not recorded.isfinite().all():
                 raise InputError(f"layer {index}: its experts give NaN or inf on the calibration sequences")

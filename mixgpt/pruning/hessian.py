@@ -23,7 +23,7 @@ class InputHessian:
     """
 
     def __init__(self, columns: int, nsequences: int, device: torch.device | str) -> None:
-        """Start from H = 0. columns: width of the input. nsequences: N in H = (2/N) Xᵀ X."""
+        """Start from H = 0. nsequences: N in H = (2/N) Xᵀ X."""
         self.columns, self.device, self._scale = columns, torch.device(device), 2 / nsequences
         # Narrower blocks of columns save little and multiply slower; on a GPU each should occupy all of it.
         width = max(STRIP if self.device.type == "cuda" else 192, columns // 8)
@@ -85,10 +85,10 @@ class InputHessian:
     def optimum(self, W: Tensor) -> Tensor:
         """Return the optimum W* (out, in) that pruning should approximate, columns in the order of the walk.
 
-        W: (out, in), the dense weights. W* = W if no batch had an input gap s or an output gap g. Otherwise, with
-        D = (2/N) Σ s ẋᵀ and G = (2/N) Σ g ẋᵀ over the inputs ẋ, W* = W + (W D + G) (H + λI)⁻¹: ridge regression onto
-        the outputs W (ẋ + s) + g, with penalty λ on the distance from W. The loss around W* is the same quadratic as
-        without gaps around W. Zero weights stay zero. Compare QEP (arXiv 2504.09629).
+        W* = W if no batch had an input gap s or an output gap g. Otherwise, with D = (2/N) Σ s ẋᵀ and G = (2/N) Σ g ẋᵀ
+        over the inputs ẋ, W* = W + (W D + G) (H + λI)⁻¹: ridge regression onto the outputs W (ẋ + s) + g, with penalty
+        λ on the distance from W. The loss around W* is the same quadratic as without gaps around W. Zero weights stay
+        zero. Compare QEP (arXiv 2504.09629).
         """
         W, moment = W[:, self.order], 0.0
         if self._products.keys() == {"input"}:
@@ -106,9 +106,8 @@ class InputHessian:
 def factor(H: Tensor, percdamp: float = 0.01) -> tuple[Tensor, float]:
     """Factor the damped Hessian: R upper triangular with H + λI = R Rᵀ, λ = percdamp · mean(diag H).
 
-    H: (in, in), symmetric; only its upper triangle is read. Returns R (in, in) and the percdamp used: while H + λI is
-    not positive definite, percdamp is multiplied by 10, starting from at least 1e-4, up to MAX_DAMPING. Raises
-    torch.linalg.LinAlgError if H is not finite or cannot be factored even with MAX_DAMPING.
+    Only H's upper triangle is read. While H + λI is not positive definite, percdamp, which is returned, is multiplied
+    by 10, from at least 1e-4 to MAX_DAMPING. Raises torch.linalg.LinAlgError if even that fails, or H is not finite.
     """
     all_finite = H.diagonal().isfinite().all()
     while True:

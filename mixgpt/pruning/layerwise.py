@@ -26,9 +26,8 @@ def prune_layerwise(streamed: StreamedModel, plan: dict[Key, Target], tokens: Te
                     files: Any = None, observe: Callable | None = None) -> dict[Key, Outcome]:
     """Prune and quantize every matrix of the plan on calibration tokens (N, T), in place.
 
-    Inputs come from the preceding pruned layers; with recipe.true_sequential also from preceding pruned linears of the
-    same layer. files: a checkpoints.run_dir.RunDir that saves finished layers. observe: called with (index, layer) for
-    each finished layer while it is on the device and, unless an interrupted run has finished it, with its outcomes and
+    files: a checkpoints.run_dir.RunDir that saves finished layers. observe: called with (index, layer) for each
+    finished layer while it is on the device and, unless an interrupted run has finished it, with its outcomes and
     time.perf_counter() at its start. Raises InputError if an input is not finite.
     """
     calibration, outcomes, clock = Calibration(streamed, plan, tokens, recipe), {}, streamed.clock
@@ -60,8 +59,7 @@ def layers_in_turn(streamed: StreamedModel, layers: Sequence[nn.Module], title: 
     """Yield (index, layer, {}, progress bar) for each layer that is not finished, while it is on the device.
 
     The caller prunes the layer and puts its outcomes into the dict. They are then observed, saved with the layer, and
-    added to `outcomes`, as are those of layers that an interrupted run has finished. The calibration, if any, passes
-    through finished layers if others are left.
+    added to `outcomes`, as are those of layers that an interrupted run has finished.
     """
     clock, finished = streamed.clock, files.resume_from(len(layers)) if files else []
     first = len(finished)

@@ -1,7 +1,4 @@
-"""What the stages of a run take in memory: the formulas by which the run, and the forecast of one, decide what fits.
-
-Models may be on meta, as a skeleton is, or one whose weights are on disk: shapes are all that counts here.
-"""
+"""What the stages of a run take in memory, by which it, and the forecast of one, decide what fits; all from shapes."""
 
 import math
 from collections import defaultdict
@@ -32,20 +29,16 @@ def rest_bytes(model: PreTrainedModel) -> int:
 
 
 def batch_bytes(streamed: StreamedModel, T: int, gradients: bool = False) -> int:
-    """Estimate the bytes of a batch of sequences (T,) inside a decoder layer.
-
-    gradients: whether its graph is kept. Then all inputs and outputs of linears count, and half as much again for what
-    is between them; else the residual stream, its norm, and the widest linear's input and outputs.
-    """
+    """Estimate the bytes of a batch of sequences (T,) inside a decoder layer; gradients: whether its graph is kept."""
     model = streamed.model
     shapes = {(index, kind_of(name)): module for index, layer in enumerate(streamed.layers)
               for name, module in linears(layer).items()}
     width = model.get_input_embeddings().embedding_dim
-    if gradients:
+    if gradients:  # then all inputs and outputs of linears count, and half as much again for what is between them
         last = max(index for index, _ in shapes)
         numbers = 2 * width + int(1.5 * sum(
             m.in_features + m.out_features for (index, _), m in shapes.items() if index == last))
-    else:
+    else:  # the residual stream, its norm, and the widest linear's input and outputs
         numbers = 3 * width + 3 * max(max(m.in_features, m.out_features) for m in shapes.values())
     if model.config._attn_implementation == "eager":
         numbers += 3 * attention_heads(model.config) * T
@@ -85,10 +78,8 @@ def pass_bytes(streamed: StreamedModel, selected: dict[tuple[int, str], tuple[in
 
     In one pass all batches pause inside a layer at a time, and there is one Hessian; in two passes one batch is inside,
     and there are the Hessians of all inputs of the layer, of which a mixture of experts has hundreds. Beside these,
-    experts have one of all tokens that enter them. selected: {(layer, name): (out, in)}. shape: (sequences of this
-    process, tokens). fits_reference: whether outputs of the dense model are what is fitted. While a batch waits in
-    front of a linear, it holds the residual stream, its norm, and the linear's input or outputs of others that read the
-    norm.
+    experts have one of all tokens that enter them. shape: (sequences of this process, tokens). While a batch waits in
+    front of a linear, it holds the residual stream, its norm, and the linear's input or outputs of others beside it.
     """
     model, (sequences, T), sets = streamed.model, shape, 1 + fits_reference
     inputs, hessians = defaultdict(list), defaultdict(dict)
@@ -119,10 +110,9 @@ def training_bytes(streamed: StreamedModel, tokens: torch.Tensor, step: int, voc
 
     Counted are all weights; for those in layers the gradient, a float32 copy, the distance of that from the mean and,
     unless they are read from disk, a copy to restore; three more copies of the largest matrix; a second copy of the
-    head, narrowed to the vocabulary, and two values for each logit of a slice of tokens, and three of float32 for those
-    computed with at a time; hidden states; and for each token of a batch the inputs and outputs of linears, half as
-    much again, and the scores of attention, or a third of their bytes for the buffers of PyTorch's attention on a CPU.
-    tokens: (N, T). step: sequences of a step. vocabulary: most tokens of which predictions are compared.
+    head, narrowed to the vocabulary, and `head_bytes`; hidden states; and for each token of a batch the inputs and
+    outputs of linears, half as much again, and the scores of attention, or a third of their bytes for the buffers of
+    PyTorch's attention on a CPU. step: sequences of a step. vocabulary: most tokens of which predictions are compared.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()

@@ -33,12 +33,7 @@ TOLERANCE = {2: 2e-2, 4: 1e-3, 8: 1e-3}  # Rounding changes rotated values by at
 @torch.no_grad()
 def rotate_heads(layer: nn.Module, index: int, stream: HiddenStates, targets: dict[str, Target], first: int,
                  dtype: torch.dtype | None = None) -> None:
-    """Rotate the heads of layer number `index`, which is on the device, in place, if it computes the same then.
-
-    stream: hidden states before it. targets: {name of a linear: Target}. first: number of this process's first sequence
-    among all. dtype: of the rotated weights, default: as in memory. Heads are rotated only if the linears to and from
-    the values are both in the targets.
-    """
+    """Rotate a layer's heads in place if it computes the same then. first: number of this process's first sequence."""
     for name in () if stream.shared else targets:  # Later layers may read values that are shared.
         path, _, last = name.rpartition(".")
         beside = [f"{path}.{output}" for output in OUTPUTS if f"{path}.{output}" in targets]
@@ -60,10 +55,13 @@ def rotate_heads(layer: nn.Module, index: int, stream: HiddenStates, targets: di
 def _rotate(v: nn.Linear, o: nn.Linear, rows: Tensor, targets: tuple[Target, Target], layer: nn.Module, index: int,
             stream: HiddenStates, first: int, dtype: torch.dtype) -> bool:
     """Rotate heads whose values are rows (k, d) of v. Returns whether the layer computes the same; else it stays."""
-    (k, d), before, h, C = rows.shape, [], 0, 0
+    (k, d), before = rows.shape, []
+    h = torch.zeros(v.in_features, dtype=torch.float64, device=stream.device)
+    C = torch.zeros(k, o.in_features // (k * d), d, d, dtype=torch.float64, device=stream.device)
     for x_v, x_o in _inputs(v, o, layer, index, stream, max(TOKENS // stream.hidden.shape[1] - first, 1)):
         heads = x_o.double().unflatten(-1, (k, -1, d))
-        h, C = h + x_v.double().square().sum(0), C + torch.einsum("nkgd,nkge->kgde", heads, heads)
+        h += x_v.double().square().sum(0)
+        C += torch.einsum("nkgd,nkge->kgde", heads, heads)
         before.append(x_o)
     distributed.all_reduce(h)
     distributed.all_reduce(C)

@@ -106,8 +106,7 @@ def prune_in_place(hessian: InputHessian, weights: list[Tensor], targets: list[T
     """Prune and quantize `weights`, matrices (out, in) of one dtype that read one input, in place.
 
     hessian: factored. row_weights: (total rows,). Returns the relative error of each matrix, a float64 tensor on its
-    device, and its grid, None if it is not quantized. Every process prunes its share of the rows of each matrix, and
-    gets those of the others.
+    device, and its grid. Every process prunes its share of the rows of each matrix, and gets those of the others.
     """
     dtype, sizes = recipe.dtype or weights[0].dtype, [len(weight) for weight in weights]
     shares = [weight[distributed.share(len(weight))] for weight in weights]

@@ -26,9 +26,8 @@ def select(model: PreTrainedModel, minlayer: int = 0, maxlayer: int = 1000, prun
            widths: dict[str, int] | None = None, uncalled: Collection[str] = ()) -> dict[Key, tuple[int, int]]:
     """Return the shapes of the matrices to change, {(layer, name): (out, in)}, in model order.
 
-    These are in layers minlayer ≤ index < maxlayer and have prune_only in their names; with invert, all others. widths:
-    {flag: columns per group}; positive ones must divide the columns of each matrix. uncalled: names to leave out. The
-    model may be on meta. Raises InputError if nothing is selected, or a width does not divide the columns.
+    These are in layers minlayer ≤ index < maxlayer and have prune_only in their names; with invert, all others.
+    uncalled: names to leave out. Raises InputError for none, or a width {flag: columns per group} that does not divide.
     """
     selected, layers = {}, layers_of(model)
     for index, layer in enumerate(layers):
