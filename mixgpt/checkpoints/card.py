@@ -66,8 +66,8 @@ def _base(name: str) -> tuple[str | None, dict[str, Any]]:
         front = metadata_load(file) or {}
     if name and not path.exists():
         return name, front
-    # The folder may be one that a run has saved.
-    return front.get("base_model") if "mixgpt" in front.get("tags", ()) else None, front  # a folder saved by a run
+    # A run that has saved this folder names its base model.
+    return front.get("base_model") if "mixgpt" in front.get("tags", ()) else None, front
 
 
 def sizes(folder: Path, record: dict[str, Any], model: PreTrainedModel, settings: Any) -> dict[str, int]:

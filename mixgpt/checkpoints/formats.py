@@ -167,14 +167,14 @@ def format_bytes(total: int, matrices: Iterable[tuple[tuple[int, int], float, in
     bits of the kept weights, 16 if they are on no grid, of each linear in the decoder layers. groupsize, sym: as of
     `quant.Scheme`.
     """
-    sparse = packed = 8 * total  # in bits
+    sparse = packed = 8 * total  # Both are in bits.
     for (rows, columns), zeros, wbits in matrices:
-        numel, bits, grids = rows * columns, 8 * itemsize, 0
+        numel, bits = rows * columns, 8 * itemsize
         sparse -= numel * bits
         if wbits < 16:
             groups = rows if groupsize == -1 else numel // groupsize
-            grids = groups * (bits if sym else bits + wbits)
             packed += numel * (wbits - bits) + groups * bits + 128  # Two integers tell the shape.
+            sparse += groups * (bits if sym else bits + wbits)
             bits = wbits
-        sparse += min(bits * numel, numel + round((1 - zeros) * numel) * bits) + grids
+        sparse += min(bits * numel, numel + round((1 - zeros) * numel) * bits)
     return {"dense": total, "compressed-tensors": packed // 8, "sparse": sparse // 8}

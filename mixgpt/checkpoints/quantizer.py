@@ -49,7 +49,8 @@ class SparseQuantizer(HfQuantizer):
 
     def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         from mixgpt.checkpoints.sparse import PackedWeight, SparseLinear
-        prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."  # AutoModel has none.
+        # The names in a model of AutoModel lack the prefix.
+        prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
         for name, description in self.quantization_config.matrices.items():
             path = name.removesuffix(".weight").removeprefix(prefix)
             dense, shape = model.get_submodule(path), tuple(description["shape"])
