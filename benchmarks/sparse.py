@@ -58,7 +58,7 @@ def measure(shape, sparsity, wbits, tokens, device, pairs, kernel):
     """Return a row of the table for products with so many tokens. kernel: its kind on a CPU, None for the fastest."""
     W, packed = pack(shape, sparsity, wbits, device)
     if kernel:
-        packed.ways = lambda: [kernel]
+        packed.kinds = lambda: [kernel]
     dense = [W.clone() for _ in range(int(BYTES // W.nbytes))]
     copies, x = [copy.deepcopy(packed) for _ in dense], torch.randn(tokens, shape[1], device=device).bfloat16()
     for each in copies:

@@ -105,9 +105,9 @@ def watch(fatal, log, root, shard):
             yield
 
     runtime.Clock.part = timed_part
-    for name in ("save_layer", "_write_layer", "take_distilled"):  # a thread writes what is finished
+    for name in ("save_layer", "_write", "take_distilled"):  # a thread writes what is finished
         moments.around(run_dir.RunDir, name, "finish")
-    for name, part in (("kept", "kept"), ("write_checkpoint", "complete"), ("publish", "publish"), ("close", "end")):
+    for name, part in (("keep", "kept"), ("write_checkpoint", "complete"), ("publish", "publish"), ("close", "end")):
         moments.around(run_dir.RunDir, name, part)
     moments.around(traces, "write_output", "traces")
     moments.around(running.StreamedModel, "embed")

@@ -138,6 +138,6 @@ def load(folder: str | Path, device: str | torch.device | None = None, dtype: st
     """
     device, folder = choose_device(device), os.path.expanduser(folder)
     model, tokenizer = checkpoints.read_model(folder, dtype, packed), checkpoints.load_tokenizer(folder)
-    if any(isinstance(module, SparseLinear) and not module.weight.way(device) for module in model.modules()):
+    if any(isinstance(module, SparseLinear) and not module.weight.kind(device) for module in model.modules()):
         model = checkpoints.read_model(folder, dtype)  # A GPU without Triton multiplies by ordinary matrices.
     return model.eval().to(device), tokenizer

@@ -44,20 +44,20 @@ def compress(run: Run, plan: Plan, survey: measures.Survey) -> dict[tuple[int, s
     return outcomes
 
 
-def _prune(run: Run, plan: Plan, survey: measures.Survey, stage: str, scheme: Scheme | None,
+def _prune(run: Run, plan: Plan, survey: measures.Survey, kind: str, scheme: Scheme | None,
            memory_plan: memory.MemoryPlan) -> dict[tuple[int, str], Outcome]:
     """Prune, and quantize if a quant.Scheme is given, or quantize alone. Returns outcomes; the run keeps the plan."""
     settings, streamed, run.memory_plan = run.settings, run.streamed(memory_plan), memory_plan
-    run.begin("quantization" if stage == "quantized" else "pruning" if settings.prunes else "rounding")
+    run.begin("quantization" if kind == "quantized" else "pruning" if settings.prunes else "rounding")
 
     def observe(index: int, layer: torch.nn.Module, outcomes: dict | None = None, start: float | None = None) -> None:
         counted, _ = survey.take(index, layer)
-        if start and stage == "layer":
+        if start and kind == "layer":
             run.tracker.layer(index, counted, outcomes, start)
 
     if run.folder:
         run.folder.put("memory_plan", asdict(memory_plan))
-        run.folder.begin(stage, scheme)
+        run.folder.begin(kind, scheme)
     if settings.calibrates:
         saliency = choices.SALIENCIES[settings.saliency]
         recipe = solvers.Recipe(
@@ -67,7 +67,7 @@ def _prune(run: Run, plan: Plan, survey: measures.Survey, stage: str, scheme: Sc
             {key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
             title=choices.SOLVERS.title(settings.solver), later=None if scheme else settings.scheme,
             dtype=stored_dtype(run.model))
-        if stage == "quantized":
+        if kind == "quantized":
             recipe = replace(recipe, solver=solvers.quantize, rotate=False, title="GPTQ")
         tokens = torch.cat([run.calibration, run.further[:settings.extra_counts[0]]])
         outcomes = layerwise.prune_layerwise(streamed, plan.targets, tokens, recipe, run.folder, observe)

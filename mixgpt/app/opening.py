@@ -12,7 +12,7 @@ from mixgpt.app import report, tracking
 from mixgpt.app.run import Run
 from mixgpt.app.settings import METHOD, RESULT, Settings, flag_of, having_effect
 from mixgpt.checkpoints import load
-from mixgpt.checkpoints.run_dir import RunDir, identity
+from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, memory, program
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import writing
@@ -42,7 +42,11 @@ def open_run(run: Run, stack: contextlib.ExitStack, command: str | None = None,
                 run.model.stored_dtype = run.config.dtype
         run.record = report.facts(run)
         if folder:
-            run.record["identity"] = identity(run.model, asked(settings, run.device), run.calibration, run.further)
+            run.record["identity"] = asked(settings, run.device) | {
+                "--dtype": str(run.model.dtype).removeprefix("torch."),
+                "model's weights": streaming.fingerprint(run.model),
+                "calibration tokens": None if run.calibration is None else streaming.digest(
+                    torch.cat([run.calibration, run.further]))}
         elif run.selected and streaming.locations_of(run.model):  # Pruned layers go to disk, like the dense ones.
             nbytes, path = run.disk_bytes, None
             if distributed.rank() == 0:

@@ -64,7 +64,7 @@ def disk(run: Run, plan: dict[Key, Target]) -> dict[str, float]:
     kept = sum(sizes[key] - round(target.sparsity * sizes[key]) for key, target in plan.items())
     weights = {f"{decoder.path_of(run.model, *key)}.weight": sizes[key] for key in plan}
     itemsize = stored_dtype(run.model).itemsize
-    nbytes = formats.stored_bytes(run.settings.save, weights, itemsize)
+    nbytes = formats.stored_bytes(run.folder.path, weights, itemsize)
     numel, bits = sum(sizes.values()), run.settings.wbits if run.settings.quantizes else 8 * itemsize
     return {"bytes": nbytes, "bits_per_weight": 8 * nbytes / numel, "ratio": 2 * numel / nbytes,
             "theoretical_ratio": 16 * numel / (bits * kept)}

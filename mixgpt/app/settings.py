@@ -81,7 +81,7 @@ def option(default: Any, effect: str, help: str, *, group: str | None = None, ch
 class Settings:
     """The options of a run: those given, else the preset's, else the defaults. Raises InputError for invalid values."""
 
-    model: str = option(None, FREE, "hub id, local folder or .gguf file")  # `run_dir.identity` compares its weights.
+    model: str = option(None, FREE, "hub id, local folder or .gguf file")  # The identity of a run has its weights.
     dataset: str | None = option(  # It is None where nothing is calibrated.
         None, RESULT, "calibration text, by name, as a file or folder, or a mixture such as c4:0.7,my.jsonl:0.3")
 

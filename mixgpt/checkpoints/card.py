@@ -16,7 +16,7 @@ from mixgpt.common.choices import CARD, FORMATS
 from mixgpt.common.errors import InputError, reading
 from mixgpt.modeling.streaming import stored_dtype
 
-TAKEN = ("license", "license_name", "license_link", "language")  # over from the card of the base model
+TAKEN = ("license", "license_name", "license_link", "language")  # These are taken from the card of the base model.
 NEEDS = {"dense": "loads everywhere", "compressed-tensors": "loads in vLLM, too", "sparse": "needs mixgpt to load"}
 BY_MIXGPT = """import mixgpt
 
@@ -28,15 +28,12 @@ tokenizer = AutoTokenizer.from_pretrained("{name}")"""
 
 
 def text(record: dict[str, Any], model: PreTrainedModel, command: str | None = None) -> str:
-    """Return the card of the model that a run has saved.
-
-    record: of the run. model: the one in memory. command: the command line of the run, if it has one.
-    """
-    settings, name, packed = record["settings"], _name(record), record["settings"]["save_format"] == "sparse"
+    """Return the card of the model in memory that a run has saved by a command line, if it has one."""
+    settings, name = record["settings"], _name(record)
+    prunes, quantizes = settings["sparsity"] or settings["prunen"], settings["wbits"] < 16
+    calibrates, packed = not (settings["gmp"] or settings["nearest"]), settings["save_format"] == "sparse"
     in_memory = settings["model"] == type(model).__name__
     base, front = _base(model.config.name_or_path if in_memory else settings["model"])
-    prunes, quantizes = settings["sparsity"] or settings["prunen"], settings["wbits"] < 16
-    calibrates = not settings["gmp"] and not settings["nearest"]
     tags = {"mixgpt": True, "pruned": prunes, "sparsity": prunes, "quantized": quantizes,
             "sparsegpt": prunes and calibrates and settings["solver"] == "obs", "gptq": quantizes and calibrates,
             "compressed-tensors": settings["save_format"] == "compressed-tensors"}
@@ -44,21 +41,20 @@ def text(record: dict[str, Any], model: PreTrainedModel, command: str | None = N
         base_model=base, base_model_relation=("quantized" if quantizes else "finetune") if base else None,
         library_name="mixgpt" if packed else "transformers", pipeline_tag="text-generation",
         tags=[tag for tag, holds in tags.items() if holds], **{key: front[key] for key in TAKEN if key in front})
-    perplexities, method = record["perplexity"], list(record["perplexity"])[-1]
+    *_, (method, found) = record["perplexity"].items()
     kept = f", the others have {settings['wbits']} bits" if quantizes else ""
     parts = [f"---\n{data.to_yaml()}\n---", f"# {name}", " ".join([
         f"{base or Path(settings['model']).name}, compressed in one shot by MixGPT {record['program']['version']}:",
         f"{method}. {record['sparsity']:.2%} of the weights in {len(record['matrices'])} matrices are 0{kept}.",
         "`mixgpt.json` has all settings."])]
-    if perplexities[method]:
-        header = ["perplexity", *perplexities[method]], ["---"] * (1 + len(perplexities[method]))
-        rows = ([title, *(f"{value:.2f}" for value in row.values())] for title, row in perplexities.items())
-        parts.append("\n".join(f"| {' | '.join(row)} |" for row in (*header, *rows)))
-    if command:
-        parts.append(f"```sh\n{command}\n```")
-    parts.append(f"```python\n{(BY_MIXGPT if packed else BY_TRANSFORMERS).format(name=name)}\n```")
-    served = "" if packed else f"vllm serve {name}\n"
-    return "\n\n".join([*parts, f'```sh\nmixgpt generate {name} "Once upon a time"\n{served}```']) + "\n"
+    if found:
+        rows = [["perplexity", *found], ["---"] * (1 + len(found)), *(
+            [title, *(f"{value:.2f}" for value in row.values())] for title, row in record["perplexity"].items())]
+        parts.append("\n".join(f"| {' | '.join(row)} |" for row in rows))
+    served = "" if packed else f"\nvllm serve {name}"
+    blocks = (("sh", command), ("python", (BY_MIXGPT if packed else BY_TRANSFORMERS).format(name=name)),
+              ("sh", f'mixgpt generate {name} "Once upon a time"{served}'))
+    return "\n\n".join([*parts, *(f"```{language}\n{code}\n```" for language, code in blocks if code)]) + "\n"
 
 
 def _base(name: str) -> tuple[str | None, dict[str, Any]]:
@@ -70,15 +66,16 @@ def _base(name: str) -> tuple[str | None, dict[str, Any]]:
         front = metadata_load(file) or {}
     if name and not path.exists():
         return name, front
-    return front.get("base_model") if "mixgpt" in front.get("tags", ()) else None, front  # a folder saved by a run
+    # A run that has saved this folder names its base model.
+    return front.get("base_model") if "mixgpt" in front.get("tags", ()) else None, front
 
 
 def sizes(folder: Path, record: dict[str, Any], model: PreTrainedModel, settings: Any) -> dict[str, int]:
     """Return the bytes of the weights in a saved folder, and about those of the formats that it could have instead."""
     weights = [(row["shape"], row["sparsity"], row.get("wbits", 16)) for row in record["matrices"]]
-    found, dtype = {}, stored_dtype(model)
-    for name, nbytes in format_bytes(load.size(model.config, dtype), weights, dtype.itemsize, settings.groupsize,
-                                     settings.sym).items():
+    dtype, found = stored_dtype(model), {}
+    total = load.size(model.config, dtype)
+    for name, nbytes in format_bytes(total, weights, dtype.itemsize, settings.groupsize, settings.sym).items():
         with contextlib.suppress(InputError):
             load.check_layers(settings.model, model, name)
             if not FORMATS[name].refuses(settings):

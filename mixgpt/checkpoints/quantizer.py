@@ -1,17 +1,16 @@
-"""Registration of the sparse format with transformers; its code, and that of the kernels, is imported on use.
+"""Registration of the sparse format with transformers; its code, and that of the kernels, is imported on use."""
 
-    import mixgpt
-    model = AutoModelForCausalLM.from_pretrained("pruned")  # a folder of --save-format sparse
-"""
+from typing import Any
 
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from mixgpt.common.errors import InputError
 
-METHOD = "mixgpt"  # in config.json
-WEIGHTS = "model.sparse.safetensors"  # not under the name that transformers looks for, which would ignore the method
+METHOD = "mixgpt"  # The format has this name in config.json.
+WEIGHTS = "model.sparse.safetensors"  # transformers looks for another name, under which it would ignore the method.
 
 
 @register_quantization_config(METHOD)
@@ -22,7 +21,8 @@ class SparseConfig(QuantizationConfigMixin):
     dequantize: expand all matrices into ordinary linears.
     """
 
-    def __init__(self, matrices, weights=WEIGHTS, dequantize=False, **_):
+    def __init__(self, matrices: dict[str, dict[str, Any]], weights: str = WEIGHTS, dequantize: bool = False,
+                 **_: Any) -> None:
         self.quant_method, self.matrices, self.weights, self.dequantize = METHOD, matrices, weights, dequantize
 
 
@@ -37,18 +37,20 @@ class SparseQuantizer(HfQuantizer):
         raise InputError("save_pretrained: the model's matrices are packed; load it by mixgpt.load(folder, "
                          "packed=False), or copy its folder")
 
-    def update_attn_implementation(self, config):
-        # the first call in which a quantizer sees the configuration
+    def update_attn_implementation(self, config: PretrainedConfig) -> PretrainedConfig:
+        """Name the file of the weights: this is the first call in which a quantizer sees the configuration."""
         config.transformers_weights = self.quantization_config.weights
         return config
 
-    def param_needs_quantization(self, model, name, **_):
+    def param_needs_quantization(self, model: PreTrainedModel, name: str, **_: Any) -> bool:
+        """Return whether a tensor is a part of a `PackedWeight`."""
         from mixgpt.checkpoints.sparse import PackedWeight
         return isinstance(model.get_submodule(name.rpartition(".")[0]), PackedWeight)
 
-    def _process_model_before_weight_loading(self, model, **_):
+    def _process_model_before_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         from mixgpt.checkpoints.sparse import PackedWeight, SparseLinear
-        prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."  # of AutoModel
+        # The names in a model of AutoModel lack the prefix.
+        prefix = "" if hasattr(model, model.base_model_prefix) else f"{model.base_model_prefix}."
         for name, description in self.quantization_config.matrices.items():
             path = name.removesuffix(".weight").removeprefix(prefix)
             dense, shape = model.get_submodule(path), tuple(description["shape"])
@@ -57,7 +59,7 @@ class SparseQuantizer(HfQuantizer):
             weight = PackedWeight(description, *([] if self.quantization_config.dequantize else [dense.weight.dtype]))
             model.set_submodule(path, SparseLinear(weight, dense.bias))
 
-    def _process_model_after_weight_loading(self, model, **_):
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         from mixgpt.checkpoints.sparse import SparseLinear
         expands = self.quantization_config.dequantize
         for path, module in list(model.named_modules()):
@@ -67,5 +69,5 @@ class SparseQuantizer(HfQuantizer):
                 except (ValueError, IndexError, AttributeError, RuntimeError) as error:
                     raise ValueError(f"{path}.weight: {error}") from error
         if not any(isinstance(module, SparseLinear) for module in model.modules()):
-            self.remove_quantization_config(model)  # it is an ordinary model
+            self.remove_quantization_config(model)  # It is an ordinary model.
             del model.config.transformers_weights

@@ -1,4 +1,4 @@
-"""Check products with packed matrices against dense ones, in every way that the CPU has, and what may be loaded."""
+"""Check products with packed matrices against dense ones, by every kind of kernel here, and what may be loaded."""
 
 import contextlib
 import copy
@@ -53,17 +53,17 @@ def packed_and_dense(rows, columns, dtype, scheme=None, sparsity=0.5, permuted=F
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scheme", SCHEMES, ids=str)
-def test_products_and_expansions_are_those_of_the_dense_matrix_in_every_way(scheme, dtype, monkeypatch):
+def test_products_and_expansions_are_those_of_the_dense_matrix_by_every_kind_of_kernel(scheme, dtype, monkeypatch):
     packed, W = packed_and_dense(70, 704, dtype, scheme)
-    for way in packed.ways():
-        monkeypatch.setattr(PackedWeight, "ways", lambda self, way=way: [way])
-        assert torch.equal(packed.expand().view(torch.uint8), W.view(torch.uint8)), way
+    for kind in packed.kinds():
+        monkeypatch.setattr(PackedWeight, "kinds", lambda self, kind=kind: [kind])
+        assert torch.equal(packed.expand().view(torch.uint8), W.view(torch.uint8)), kind
         for x_dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)):
             for tokens in (1, 3, FEW):
                 x = torch.randn(1, tokens, 704).to(x_dtype)
                 y, exact = packed.multiply(x), x.double() @ W.double().t()
                 assert y.dtype == x_dtype and y.shape == (1, tokens, 70)
-                assert (y - exact).abs().max() <= tolerance * exact.abs().max(), (way, x_dtype, tokens)
+                assert (y - exact).abs().max() <= tolerance * exact.abs().max(), (kind, x_dtype, tokens)
                 assert torch.equal(y, packed.multiply(x))
 
 
@@ -77,10 +77,10 @@ def test_any_shape_and_any_order_of_groups_is_right(scheme, rows, columns, spars
     x = torch.randn(2, columns)
     assert torch.allclose(packed.multiply(x), x @ W.float().t(), atol=1e-4)
     grouped, W = packed_and_dense(8, 64, torch.bfloat16, Scheme(4, 16), permuted=True)
-    assert torch.equal(grouped.expand(), W) and not grouped.ways()
+    assert torch.equal(grouped.expand(), W) and not grouped.kinds()
 
 
-def test_ways_are_chosen_by_the_flags_of_the_cpu(monkeypatch):
+def test_kinds_of_kernels_are_chosen_by_the_flags_of_the_cpu(monkeypatch):
     flags = {"avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2", "avx2", "fma", "f16c"}
     for missing, values, codes in (((), "vbmi2", "codes"), (("avx512vbmi2",), "avx512", "avx2"),
                                    (("avx512vbmi",), "vbmi2", "avx2"), (("avx512f",), "avx2", "avx2"),
@@ -126,7 +126,7 @@ def test_the_gpu_gives_the_same(scheme, dtype):
         packed, W = packed_and_dense(rows, columns, dtype, scheme)
         with contextlib.nullcontext() if ON_GPU else Gpu():
             moved = copy.deepcopy(packed).to("cuda:0")
-            assert moved.way(moved.mask.device) == "triton" and torch.equal(moved.expand().cpu(), W)
+            assert moved.kind(moved.mask.device) == "triton" and torch.equal(moved.expand().cpu(), W)
             for tokens, bias in ((1, None), (3, torch.randn(rows)), (FEW, None), (FEW + 1, None)):
                 x = torch.randn(tokens, columns)
                 y = moved.multiply(x.to("cuda:0"), None if bias is None else bias.to("cuda:0"))
@@ -171,8 +171,8 @@ def check_guarded():
         data = torch.nn.functional.pad(getattr(packed, packed.data), (0, room))
         for name, buffer in packed._buffers.items():
             setattr(packed, name, guarded(buffer))
-        for way in packed.ways():
-            with mock.patch.object(PackedWeight, "ways", lambda self, way=way: [way]):
+        for kind in packed.kinds():
+            with mock.patch.object(PackedWeight, "kinds", lambda self, kind=kind: [kind]):
                 for x in (None, torch.randn(3, columns), torch.randn(1, columns).bfloat16()):
                     setattr(packed, packed.data, guarded(data)[:len(data) - room])
                     packed.expand(guarded(W)) if x is None else packed.multiply(guarded(x))
