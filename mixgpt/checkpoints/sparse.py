@@ -41,7 +41,10 @@ class PackedWeight(nn.Module):
         """Check the loaded parts, and add what products need. Raises ValueError if the parts do not fit each other."""
         (rows, columns), wbits = self.shape, self.wbits
         self._check("mask", rows * columns / 8)
-        sizes = _bits(self.mask.cpu().numpy(), rows, columns)
+        mask, step = self.mask.cpu().numpy(), 1 if columns % 8 else 8  # A count is that of so many columns.
+        counts = np.bitwise_count(mask) if step == 8 else np.unpackbits(mask, bitorder="little")
+        starts = (columns * np.arange(rows)[:, None] + np.arange(0, columns, BLOCK)) // step
+        sizes = np.add.reduceat(counts[:rows * columns // step], starts.ravel(), dtype=np.int64)  # They are per block.
         offsets = torch.from_numpy((sizes.cumsum() - sizes).astype(np.int32)).view(rows, -1)
         self.register_buffer("offsets", offsets.to(self.mask.device), persistent=False)
         self._check(self.data, sizes.sum() * (wbits / 8 or 1))
@@ -140,14 +143,6 @@ def _units(grid: str, wbits: int, dtype: torch.dtype, device: torch.device) -> T
     codes = torch.arange(2**wbits, dtype=torch.uint8)
     units = GRIDS[grid].load()(wbits).decode(codes.expand(len(codes), -1), codes[:, None])
     return units.to(dtype).float().repeat(1, -(-16 // len(codes))).to(device)
-
-
-def _bits(mask: np.ndarray, rows: int, columns: int) -> np.ndarray:
-    """Return how many weights are kept in each block of columns, by rows."""
-    step = 1 if columns % 8 else 8  # A number of `counts` stands for so many columns.
-    counts = np.bitwise_count(mask) if step == 8 else np.unpackbits(mask, bitorder="little")
-    starts = (columns * np.arange(rows)[:, None] + np.arange(0, columns, BLOCK)) // step
-    return np.add.reduceat(counts[:rows * columns // step], starts.ravel(), dtype=np.int64)
 
 
 class SparseLinear(nn.Module):
