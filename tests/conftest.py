@@ -30,7 +30,7 @@ from transformers import PreTrainedTokenizerFast
 
 from mixgpt import datautils
 from mixgpt.allocation.plan import Budget
-from mixgpt.app import cli, opening, results
+from mixgpt.app import cli, opening
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.choices import ALLOCATIONS
 from mixgpt.evaluation.measures import Survey
@@ -342,7 +342,7 @@ def read_little(patch):
 
 
 def command(name, arguments, log, prepare=None, given=()):
-    """Run the command line of a name in FAMILIES, or results.py, on short texts, for `fork`, with its output in `log`.
+    """Run the command line of a name in FAMILIES on short texts, for `fork`, with its output in `log`.
 
     prepare: called with `given` before, for example to break the world.
     """
@@ -353,8 +353,7 @@ def command(name, arguments, log, prepare=None, given=()):
     read_little(pytest.MonkeyPatch())
     if prepare:
         prepare(*given)
-    main = partial(results.main, "results.py") if name == "results" else partial(cli.main, "llama.py")
-    status = main([str(argument) for argument in arguments])
+    status = cli.main("llama.py", [str(argument) for argument in arguments])
     sys.stdout.flush()
     sys.exit(status)
 
@@ -369,6 +368,17 @@ def free_port():
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         return server.getsockname()[1]
+
+
+def run_together(fork, words, logs, prepare=as_rank, more=()):
+    """Run LLaMA's command line in as many processes as there are logs. Returns what they say, and the one's status."""
+    port = free_port()
+    processes = [fork(command, "llama", words, log, prepare, (rank, len(logs), port, *more))
+                 for rank, log in enumerate(logs)]
+    for process in processes:
+        process.join(600)
+    statuses = {process.exitcode for process in processes}
+    return [log.read_text() for log in logs], statuses.pop() if len(statuses) == 1 else statuses
 
 
 def contents(folder):
@@ -389,8 +399,7 @@ def contents(folder):
 def load_compiled():
     """Load the compiled walk over columns from its cache, which takes most of the time of a tiny run."""
     for grid in (None, UniformGrid(*torch.ones(3, 2), torch.float32)):
-        columns.walk_compiled(torch.ones(4, 2), torch.zeros(4, 2), torch.ones(4, 4), torch.zeros(4, 2) > 0, None,
-                                 grid)
+        columns.walk_compiled(torch.ones(4, 2), torch.zeros(4, 2), torch.ones(4, 4), torch.zeros(4, 2) > 0, None, grid)
 
 
 if os.environ.pop("FORK_SERVER", None):  # this is the process that others are forked from

@@ -126,9 +126,6 @@ FAULTS = {
     "an unknown kind": Fault(
         lambda root: config_changed(root, model_type="other"),
         f"{MODEL}{UNREAD}… model type `other` but Transformers does not recognize this …"),
-    "quantized by others": Fault(
-        lambda root: config_changed(root, quantization_config={"quant_method": "gptq", "bits": 4}),
-        f"{MODEL}its weights are quantized by gptq; give the original model"),
     "remote code": Fault(lambda root: remote(root, "other"), f"{MODEL}{REMOTE}"),
     "a tokenizer in other code": Fault(remote_tokenizer, f"{MODEL}{REMOTE}"),
     "no tokenizer": Fault(
@@ -155,7 +152,6 @@ FAULTS = {
         "--prunen 2 --prunem 5", "--prunem 5: …", "{root}/model builtin "),
     "no matrix": refused("--invert", "--minlayer 0 --maxlayer 1000 --prune-only '' --invert: select no matrix of …"),
     "sequences beyond the model": refused("--seqlen 1000", "--seqlen 1000: the model's limit is 128 tokens"),
-    "samples beyond the memory": refused(f"--nsamples {10**9}", "--nsamples, --seqlen: hidden states take … GB, …"),
     "a device that is not there": refused("--device cuda:9", "--device cuda:9: there are … CUDA devices here…"),
     # generate.py
     "logits that are not finite": Fault(

@@ -6,8 +6,8 @@
 
 What it refuses: operands on two devices, `numpy()` of what lies on the GPU, and more bytes at a time than it has memory
 (torch.OutOfMemoryError). What it counts: every place where the host would wait for the GPU, in the thread that launches
-its work; threads that move weights may wait. Kernels of Triton run in
-its interpreter, on the CPU tensors behind, with the layouts that they have.
+its work; threads that move weights may wait. Kernels of Triton run in its interpreter, on the CPU tensors behind, with
+the layouts that they have.
 
 Technique: a wrapper subclass of torch.Tensor with __torch_dispatch__, and a TorchDispatchMode for what makes new
 tensors (https://docs.pytorch.org/docs/stable/notes/extending.html). To PyTorch's C++ a tensor here lies on the CPU, so
@@ -27,6 +27,7 @@ from unittest import mock
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 CUDA, CPU = torch.device("cuda", 0), torch.device("cpu")
 aten = torch.ops.aten
@@ -110,22 +111,6 @@ def held(value):
     return value.held if isinstance(value, GpuTensor) else value
 
 
-def mapped(change, value):
-    """Apply a function to every value in nested lists, tuples and dicts, as operators take and return them."""
-    if isinstance(value, (list, tuple)):
-        return type(value)([mapped(change, each) for each in value])
-    if isinstance(value, dict):
-        return {key: mapped(change, each) for key, each in value.items()}
-    return change(value)
-
-
-def tensors_in(value):
-    """Return the tensors in nested lists, tuples and dicts."""
-    found = []
-    mapped(lambda each: found.append(each) if isinstance(each, torch.Tensor) else None, value)
-    return found
-
-
 class _Factories(TorchDispatchMode):
     """Sees the operators whose operands do not lie on the GPU: those that make a tensor there, and transfers."""
 
@@ -185,14 +170,8 @@ class Gpu:
 
     def run(self, function, args, kwargs):
         """Run an operator on the CPU tensors behind its operands. Returns what it returns, where it would lie."""
-        operands = []
-
-        def noted(value):
-            if isinstance(value, torch.Tensor):
-                operands.append(value)
-            return held(value)
-
-        args_, kwargs_ = mapped(noted, (args, kwargs))
+        operands = [value for value in tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
+        args_, kwargs_ = tree_map(held, (args, kwargs))
         self.pinned += bool(kwargs_.pop("pin_memory", None))  # which needs a GPU's driver
         here = any(isinstance(value, GpuTensor) for value in operands)
         if here:
@@ -212,8 +191,8 @@ class Gpu:
                 if isinstance(tensor, GpuTensor) and tensor.shape != tensor.held.shape:
                     raise NotImplementedError(f"{function} gives its operand another shape")
             return written[0] if len(written) == 1 else tuple(written)
-        return mapped(lambda value: GpuTensor(value) if type(value) is torch.Tensor else value,
-                       result) if here else result
+        return tree_map(lambda value: GpuTensor(value) if type(value) is torch.Tensor else value,
+                        result) if here else result
 
     def _attend(self, attention, query, *args, **kwargs):
         with mock.patch.object(self, "attends", threading.get_ident() if isinstance(query, GpuTensor) else None):
@@ -234,7 +213,7 @@ class Gpu:
                 self.wait("copy between host and GPU")
             return
         if function in INDEXING:  # indices may lie on the host, and are copied
-            indices = tensors_in(args[1])
+            indices = [value for value in tree_leaves(args[1]) if isinstance(value, torch.Tensor)]
             if any(index is value for index in indices for value in elsewhere):
                 self.wait("indices from the host")
             if any(held(index).dtype in (torch.bool, torch.uint8) for index in indices):

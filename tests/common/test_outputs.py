@@ -1,12 +1,14 @@
-"""Check that files are written whole or not at all, and that those of options are checked before the work."""
+"""Check that files are written whole or not at all, options checked before the work, and what tells who wrote them."""
 
 import os
 import re
+import subprocess
 from pathlib import Path
 
 import pytest
 
 from mixgpt.app.settings import Settings
+from mixgpt.common import program
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import cache_folder, check_outputs, replacing, write_output
 
@@ -64,3 +66,22 @@ def test_without_a_home_the_line_names_the_variable_of_the_cache(monkeypatch):
     monkeypatch.setattr("pathlib.Path.home", lambda: Path("~nobody-of-this-name").expanduser())
     with pytest.raises(InputError, match="XDG_CACHE_HOME: must name a folder for the cache: Could not determine home"):
         cache_folder()
+
+
+def git(folder, *words):
+    identity = ["-c", "user.name=A", "-c", "user.email=a@b.c"]
+    return subprocess.run(["git", "-C", folder, *identity, *words], check=True, capture_output=True, text=True).stdout
+
+
+def test_a_checkout_tells_its_commit_and_whether_files_were_changed(tmp_path, monkeypatch):
+    monkeypatch.setattr(program, "__file__", str(tmp_path / "mixgpt" / "common" / "program.py"))
+    assert program.commit() is None
+    git(tmp_path, "init", "--quiet")
+    (tmp_path / "a.py").write_text("1\n")
+    git(tmp_path, "add", "a.py")
+    git(tmp_path, "commit", "--quiet", "--message", "a")
+    git(tmp_path, "tag", "v1")
+    head = git(tmp_path, "rev-parse", "HEAD").strip()
+    assert program.commit() == head and len(head) == 40
+    (tmp_path / "a.py").write_text("2\n")
+    assert program.commit() == f"{head}-dirty"

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import lm_eval
 import pytest
 import torch
-from conftest import CPU, as_rank, command, free_port, record_of, saved_tensors, slow_but
+from conftest import CPU, record_of, run_together, saved_tensors, slow_but
 from test_streamed_lm import pair_by_hand, text_by_hand
 from transformers import AutoModelForCausalLM
 
@@ -133,20 +133,6 @@ def test_scores_are_those_computed_by_hand(name, folder, checkpoint_folder, prun
         evaluated(True, wbits=4)
 
 
-def test_generated_answers_are_scored(folder, tokenizer, checkpoint_folder):
-    chosen, path = tasks.load(("generate",), folder), checkpoint_folder("llama")
-    model = load.open_model(path, load.read_config(path), "auto")
-    found = tasks.score(chosen, model, tokenizer, 256, CPU)["generate"]
-    assert found["exact_match"] == 0 and found["examples"] == len(QUESTIONS)
-    given = [instance.filtered_resps["none"] for instance in chosen["tasks"]["generate"].instances]
-    model = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).eval()
-    for row, text in zip(QUESTIONS, given, strict=True):
-        prompt = ids = tokenizer(row["question"], return_tensors="pt").input_ids
-        while len(ids[0]) < len(prompt[0]) + 4 and ids[0, -1] != model.config.eos_token_id:
-            ids = torch.cat([ids, model(ids).logits[:, -1:].argmax(-1)], dim=1)
-        assert text == tokenizer.decode(ids[0, len(prompt[0]):], skip_special_tokens=True).partition("?")[0]
-
-
 def test_generation_is_refused_where_memory_does_not_hold_the_model(folder, tokenizer):
     chosen = tasks.load(("generate",), folder)
     tasks.check(chosen, tokenizer, 1, CPU)
@@ -199,12 +185,8 @@ def test_without_lm_eval_the_line_says_what_to_install(prune, monkeypatch):
 def test_processes_share_out_the_texts_and_score_as_one_does(folder, checkpoint_folder, tmp_path, tokenizer, fork):
     arguments = [checkpoint_folder("llama"), "builtin", "--seqlen", "32", "--eval", "--device", "cpu", "--tasks",
                  "choice,shots,rolling", "--tasks-dir", folder, "--save", tmp_path / "two"]
-    port, logs = free_port(), [tmp_path / "first", tmp_path / "second"]
-    processes = [fork(command, "llama", arguments, log, as_rank, (rank, 2, port)) for rank, log in enumerate(logs)]
-    for process, log in zip(processes, logs, strict=True):
-        process.join(300)
-        assert process.exitcode == 0, log.read_text()
-    assert logs[0].read_text().count("word_perplexity") == 1 and logs[1].read_text() == ""
+    said, status = run_together(fork, arguments, [tmp_path / "first", tmp_path / "second"])
+    assert status == 0 and said[0].count("word_perplexity") == 1 and said[1] == "", said
     assert saved_tensors(tmp_path / "two")
     check(record_of(tmp_path / "two")["tasks"]["dense"],
           AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")).eval(), tokenizer)

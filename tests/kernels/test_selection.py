@@ -5,23 +5,9 @@ import itertools
 import makebelieve
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
-from test_sparsegpt import hypothesis_settings, random
+from test_sparsegpt import random
 
 from mixgpt.kernels.selection import smallest, smallest_in_groups
-
-small_integers = st.integers(-3, 3).map(float)  # many ties
-
-
-@hypothesis_settings
-@given(rows=st.integers(1, 5), columns=st.integers(1, 6), data=st.data())
-def test_smallest_marks_the_first_k_of_the_sorted_scores(rows, columns, data):
-    scores = data.draw(st.lists(small_integers, min_size=rows * columns, max_size=rows * columns))
-    k = data.draw(st.integers(0, rows * columns), label="k")
-    mask, = smallest([torch.tensor(scores).view(rows, columns)], [k], [rows])
-    assert mask.shape == (rows, columns) and mask.dtype == torch.bool
-    assert sorted(s for s, marked in zip(scores, mask.flatten().tolist(), strict=True) if marked) == sorted(scores)[:k]
 
 
 @pytest.mark.parametrize("m", [1, 2, 4, 7, 40, 70])

@@ -39,17 +39,13 @@ def build(kind):
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_logits_for_text_are_those_of_the_whole_model(kind, folder, tokens):
+def test_logits_for_text_are_those_of_the_whole_model_and_the_text_part_is_pruned_and_saved_alone(
+        kind, folder, tokens, prune, tmp_path):
     path = str(folder(kind))
     model = load.open_model(path, load.read_config(path), "auto")
-    assert type(model).__name__ == MODELS[kind][0]
     with torch.no_grad():
         expected = build(kind)(input_ids=tokens % (VOCABULARY - 1), use_cache=False).logits
     assert torch.equal(logits(model, tokens % (VOCABULARY - 1), len(tokens), CPU), expected)
-
-
-@pytest.mark.parametrize("kind", MODELS)
-def test_the_text_part_is_pruned_and_saved_as_a_model_of_its_own(kind, folder, prune, tmp_path):
     output = prune("llama", "--sparsity .5 --save", tmp_path / "saved", model=folder(kind))
     assert f"{MODELS[kind][0]}, {4 if kind == 'gemma4' else 2} layers, " in output
     assert f"the text part of a {kind}\n" in output

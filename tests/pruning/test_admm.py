@@ -102,15 +102,12 @@ def test_thresholds_of_large_matrices_are_those_of_a_sample_of_all_rows_and_colu
     assert mask.double().mean() == pytest.approx(share, abs=4 * (share * (1 - share) / SAMPLE) ** 0.5)
 
 
-@pytest.mark.parametrize("sparsity", [0.37, 0.5, 0.999, 0.0])
-def test_each_matrix_of_a_stack_meets_its_own_target(problem, sparsity):
-    W, X = problem
-    H, _ = normalised(X)
-    parts = pruned([W[:7], W[7:]], H, Target(sparsity), Target(0.25))
-    assert [(part == 0).sum() for part in parts] == [round(sparsity * 7 * 32), W[7:].numel() // 4]
-    groups = pruned([W[:7], W[7:]], H, Target(0.5, 2, 4), Target(0.25, 1, 4))
-    assert [set((part == 0).view(-1, 4).sum(1).tolist()) for part in groups] == [{2}, {1}]
-    assert torch.allclose(parts[0], *pruned([W[:7]], H, Target(sparsity)))
+@pytest.mark.parametrize("target, most", [(HALF, 0.5), (Target(0.5, 2, 4), 0.65)])
+def test_errors_are_far_below_those_of_one_walk(problem, target, most):
+    (W, X), errors = problem, []
+    for solver in ("obs", "admm"):
+        errors += prune_in_place(seen(X.float()), [W.float()], [target], Recipe(SOLVERS[solver].load()))
+    assert errors[1][0] < most * errors[0][0]
 
 
 def test_weights_that_are_zero_stay_zero_also_beyond_the_target(problem):
