@@ -286,14 +286,20 @@ def ways(out):
 
 @pytest.mark.slow
 def test_a_run_goes_on_in_the_way_that_fits(simulated, run):
-    two_passes = "--no-true-sequential"
-    peak, (expected, _, _) = peak_of(run, two_passes)
-    on_host, _ = peak_of(run, two_passes, free=0)
-    assert on_host < 0.8 * peak
-    _, (found, _, out) = peak_of(run, two_passes, memory=(peak + on_host) // 2, free=2**40)
-    assert ways(out) == ["hidden states on the host"]
-    assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
-    dense = two_passes, "--target", "dense"
+    """In one pass through a layer all sequences are inside it at a time: smaller batches do not help there."""
+    one_pass, (_, record, out) = peak_of(run)
+    two_passes, (expected, _, _) = peak_of(run, "--no-true-sequential")
+    on_host, _ = peak_of(run, "--no-true-sequential", free=0)
+    assert on_host < 0.8 * two_passes < 0.6 * one_pass and not ways(out) and record["settings"]["true_sequential"]
+    for options, limit, way in (
+            ([], (one_pass + two_passes) // 2,
+             "two passes through each layer, as by --no-true-sequential, and hidden states on the host"),
+            (["--no-true-sequential"], (two_passes + on_host) // 2, "hidden states on the host")):
+        _, (found, record, out) = peak_of(run, *options, memory=limit, free=2**40)
+        assert ways(out) == [way]
+        assert not record["settings"]["true_sequential"]
+        assert all(torch.equal(tensor, expected[key]) for key, tensor in found.items())
+    dense = "--no-true-sequential", "--target", "dense"
     assert peak_of(run, *dense, free=0)[0] < 0.5 * peak_of(run, *dense)[0]  # the lags are on the host, too
 
 
