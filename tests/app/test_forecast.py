@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from conftest import CPU, read_little
+from conftest import CPU, assert_same_weights, read_little
 from makebelieve import Gpu
 
 from mixgpt import __main__
@@ -93,8 +93,11 @@ def test_as_few_layers_are_timed_as_there_are_kinds(forecast_of):
 
 
 def test_a_long_run_says_its_stages_and_how_long_it_takes_and_goes_on_if_that_cannot_be_told(
-        prune, monkeypatch):
+        prune, tmp_path, monkeypatch):
+    prune("llama", "--sparsity .5 --preset best --save", tmp_path / "untold")
     monkeypatch.setattr(forecast, "WORTH", 0)
+    prune("llama", "--sparsity .5 --preset best --save", tmp_path / "told")
+    assert_same_weights(*(tmp_path / name for name in ("told", "untold")))
     said = prune("llama", "--sparsity .5", "--preset", "mixgpt")
     assert re.search(r"^time     about \d+ s", said, re.M) and "stage    1 of 3: sensitivity" in said
     monkeypatch.setattr(forecast, "seconds", lambda *_: 1 / 0)
