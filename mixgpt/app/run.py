@@ -1,6 +1,5 @@
 """A run in progress: its inputs, what it has made of them so far, and how it uses memory."""
 
-import gc
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -100,8 +99,7 @@ class Run:
         return self.widening * self.config.hidden_size * dtype.itemsize
 
     def begin(self, stage: str) -> None:
-        """Say which of how many stages begins, with the memory of those before it given back."""
-        gc.collect()  # The hidden states of a stage are in cycles of references, and would stay on a GPU.
+        """Say which of how many stages begins."""
         stages = self.stages
         self.log(f"stage    {stages.index(stage) + 1} of {len(stages)}: {stage}")
 

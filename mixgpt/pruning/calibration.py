@@ -144,6 +144,8 @@ class Calibration:
             if index < max(planned for planned, _ in self.plan):
                 with self.clock.part("forward"):
                     next(stops, None)
+        if twin:
+            twin.readers.clear()  # They refer to the twin: it would stay in memory until Python looks for cycles.
         if few := hessians.undersampled:
             others = f" and {len(few) - 3} more" if len(few) > 3 else ""
             bar.write(f"layer {index}: {', '.join(few[:3])}{others} got fewer tokens than they have columns; "
