@@ -31,6 +31,7 @@ from mixgpt.pruning import distill, needs
 UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 TEST_TOKENS = {"wikitext2": 330_000, "ptb": 110_000, "builtin": 25_000}  # Most tokenizers give about so many.
 SEQUENCES = 2  # A layer is timed with so many calibration sequences.
+ENOUGH = 2048  # On fewer tokens, what evaluation begins with takes longer than a layer.
 STEPS = 4  # So many steps of distillation are timed.
 ONCE = ("factorisation", "rotation", "walk", "admm", "quantize", "magnitude", "rounding")  # These read no sequences.
 WORTH = 10**12  # A run of more weights times calibration tokens says how long it will take.
@@ -134,22 +135,29 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
         config, dtype = one_of_each(run.config, layers), run.model.dtype
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     experts.use_linears(model)
-    few, pieces = min(SEQUENCES, settings.nsamples), distill.pieces(run.further[settings.extra_counts[0]:])
+    few, trained = min(SEQUENCES, settings.nsamples), 0.0
     tokens = torch.arange(few * T).remainder(run.config.get_text_config().vocab_size).view(few, T)
-    step = distill.per_step(pieces, settings.effort) * pieces.shape[1] / T if run.distills else 0
-    trained = min(STEPS * step, settings.extra_counts[1])  # So many sequences are distilled here.
+    if run.distills:
+        pieces = distill.pieces(run.further[settings.extra_counts[0]:])
+        step = distill.per_step(pieces, settings.effort) * pieces.shape[1] / T
+        trained = min(STEPS * step, settings.extra_counts[1])  # So many sequences are distilled here.
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()):
-        parts = execute(replace(
+        short = replace(
             settings, nsamples=few, distill=trained / few, eval=(), tasks=(), tasks_dir=None, dense=False,
             effort=STEPS / distill.STEPS if settings.preset == "best" else 1.0, minlayer=0, maxlayer=len(layers),
             dtype="auto", save=None, save_format="dense", resume=False, plot=None, record=None, log_wandb=False,
             wandb_project=None, wandb_name=None, wandb_group=None, quiet=True, dry_run=False, device_memory=None,
-            sensitivity_file=f"{folder}/traces.json"), None, model, run.tokenizer, tokens)["seconds"]
+            sensitivity_file=None)
+        for turn in ("first", "second"):  # Kernels are compiled and caches filled in the first turn.
+            own = replace(short, sensitivity_file=f"{folder}/{turn}.json")
+            parts = execute(own, None, model, run.tokenizer, tokens)["seconds"]
     streamed = StreamedModel(model.to("cpu"), run.device, settings.batch_size)
-    start = time.perf_counter()
-    measures.perplexities(model, {"": tokens}, settings.batch_size, run.device)
-    evaluation = time.perf_counter() - start
-    loss, divergence = head_seconds(streamed, tokens[:1], run.distills)
+    tested = tokens.repeat(max(ENOUGH // tokens.numel(), 1), 1)
+    for _ in range(2):
+        start = time.perf_counter()
+        measures.perplexities(model, {"": tested}, settings.batch_size, run.device)
+        evaluation = time.perf_counter() - start
+    loss, divergence = head_seconds(streamed, tested, run.distills)
     depth = sum(weight.numel() for layer in layers for weight in layer.parameters()) / sum(
         weight.numel() for layer in streamed.layers for weight in layer.parameters())
     more, size = settings.nsamples / few, tokens.numel()
@@ -160,7 +168,7 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
 
     took = defaultdict(float, parts)
     pruning = depth * (sum(took[part] for part in ONCE) + more * (took["forward"] + took["Hessian"]))
-    tests = scaled(evaluation, loss * size, sum(test_tokens(run)) / size)
+    tests = scaled(evaluation, loss * tested.numel(), sum(test_tokens(run)) / tested.numel())
     of_stage = {
         "dense model": tests, "evaluation": tests, "experts": scaled(took["experts"], 0, more),
         "sensitivity": scaled(took["sensitivity"], divergence * size, more * settings.nprobes),
@@ -188,7 +196,7 @@ def one_of_each(config: PretrainedConfig, layers: torch.nn.ModuleList) -> Pretra
 def head_seconds(streamed: StreamedModel, tokens: torch.Tensor, narrow: bool) -> tuple[float, float]:
     """Return the seconds that the head takes for a token in evaluation, and in distillation or for a gradient.
 
-    tokens: (1, T). narrow: whether the vocabulary is narrowed as for distillation.
+    tokens: (N, T). narrow: whether the vocabulary is narrowed as for distillation.
     """
     stream, V = streamed.embed(tokens), streamed.model.config.get_text_config().vocab_size
     vocabulary = torch.arange(distill.VOCABULARY) if narrow and V > distill.VOCABULARY else None
@@ -201,7 +209,7 @@ def head_seconds(streamed: StreamedModel, tokens: torch.Tensor, narrow: bool) ->
             compute(head)  # The first call is slower.
             start = time.perf_counter()
             compute(head)
-            taken.append((time.perf_counter() - start) / tokens.numel())
+            taken.append((time.perf_counter() - start) / (len(labels) if taken else tokens.numel()))
     return taken[0], taken[1]
 
 

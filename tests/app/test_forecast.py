@@ -81,6 +81,9 @@ def test_a_dry_run_says_what_the_run_would_do_and_leaves_nothing(checkpoint_fold
     assert "method   ADMM (global, fisher, dense target, rotated heads, more text, distilled)" in said
     assert re.search(r"result   dense 0\.00 GB, sparse 0\.00 GB\n", said)
     assert re.search(r"at most .* [1-9]\d* s\n", said)  # a model this small takes seconds
+    for amount in (("--sparsity", ".5"), ("--wbits", "4", "--nearest")):
+        assert __main__.main(["plan", *words[:2], *amount, "--nsamples", "4", "--seqlen", "32"]) == 0
+        assert "evaluation" in capsys.readouterr().out
 
 
 def test_as_few_layers_are_timed_as_there_are_kinds(forecast_of):
