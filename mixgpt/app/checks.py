@@ -29,6 +29,8 @@ def check(settings: Settings, device: torch.device, clock: runtime.Clock, model:
     skeleton = load.skeleton(config, model.dtype if model else runtime.choose_dtype(settings.dtype, config, device))
     if settings.experts:
         skeleton = expert_removal.with_fewer_experts(skeleton, settings.experts)
+    if not model and settings.dtype == "auto" != runtime.choose_dtype("auto", config, device):
+        skeleton.stored_dtype = config.dtype
     load.check_layers(settings.model, model if model and settings.compresses else skeleton, settings.save_format)
     if model and (settings.compresses or settings.save):
         _check_in_memory(settings.save, model, skeleton)

@@ -6,7 +6,6 @@ import os
 import re
 import sys
 import tempfile
-import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import replace
@@ -18,13 +17,13 @@ from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from mixgpt.app.checks import saving_bytes
 from mixgpt.app.run import Run
-from mixgpt.checkpoints import formats, load
-from mixgpt.common import choices, distributed, errors, memory
+from mixgpt.checkpoints import card, load
+from mixgpt.common import choices, distributed, errors, memory, runtime
 from mixgpt.common.errors import InputError
 from mixgpt.common.progress import table
 from mixgpt.evaluation import measures, selfcheck
 from mixgpt.modeling import decoder, experts
-from mixgpt.modeling.placing import place_for
+from mixgpt.modeling.placing import in_turn, place_for
 from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill, needs
 
@@ -33,7 +32,7 @@ TEST_TOKENS = {"wikitext2": 330_000, "ptb": 110_000, "builtin": 25_000}  # Most 
 SEQUENCES = 2  # A layer is timed with so many calibration sequences.
 ENOUGH = 2048  # On fewer tokens, what evaluation begins with takes longer than a layer.
 STEPS = 4  # So many steps of distillation are timed.
-ONCE = ("factorisation", "rotation", "walk", "admm", "quantize", "magnitude", "rounding")  # These read no sequences.
+ONCE = ("allocation", "factorisation", "rotation", "quantize", "magnitude", "rounding")  # These read no sequences.
 WORTH = 10**12  # A run of more weights times calibration tokens says how long it will take.
 
 
@@ -60,15 +59,14 @@ def machine_of(run: Run) -> tuple[torch.device, Callable[[torch.device], int]]:
 def training_need(run: Run) -> float:
     """Return the bytes that distillation takes on the device, with as many sequences in a batch as there is room for.
 
-    Also decides whether the run distils, as `distill.room_for` does.
+    Also decides whether the run distils.
     """
     settings, (device, free) = run.settings, machine_of(run)
     run.further = torch.empty(sum(settings.extra_counts), run.seqlen, dtype=torch.long, device="meta")
     streamed, pieces = run.distilling(memory.MemoryPlan(settings.batch_size))
     streamed = replace(streamed, device=device)
     fixed, sequence = distill.training_bytes(streamed, pieces, settings.effort)
-    most = min(streamed.batch_size, distill.per_step(pieces, settings.effort))
-    room = min(most, int((free(device) - fixed) / sequence))
+    room = distill.room_for(streamed, pieces, settings.effort, free)
     run.distills = room > 0
     return fixed + max(room, 1) * sequence
 
@@ -146,18 +144,13 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
             settings, nsamples=few, distill=trained / few, eval=(), tasks=(), tasks_dir=None, dense=False,
             effort=STEPS / distill.STEPS if settings.preset == "best" else 1.0, minlayer=0, maxlayer=len(layers),
             dtype="auto", save=None, save_format="dense", resume=False, plot=None, record=None, log_wandb=False,
-            wandb_project=None, wandb_name=None, wandb_group=None, quiet=True, dry_run=False, device_memory=None,
-            sensitivity_file=None)
+            wandb_project=None, wandb_name=None, wandb_group=None, quiet=True, dry_run=False, device_memory=None)
         for turn in ("first", "second"):  # Kernels are compiled and caches filled in the first turn.
             own = replace(short, sensitivity_file=f"{folder}/{turn}.json")
             parts = execute(own, None, model, run.tokenizer, tokens)["seconds"]
     streamed = StreamedModel(model.to("cpu"), run.device, settings.batch_size)
     tested = tokens.repeat(max(ENOUGH // tokens.numel(), 1), 1)
-    for _ in range(2):
-        start = time.perf_counter()
-        measures.perplexities(model, {"": tested}, settings.batch_size, run.device)
-        evaluation = time.perf_counter() - start
-    loss, divergence = head_seconds(streamed, tested, run.distills)
+    layers_take, loss, divergence = layers_and_head(streamed, tested, run.distills)
     depth = sum(weight.numel() for layer in layers for weight in layer.parameters()) / sum(
         weight.numel() for layer in streamed.layers for weight in layer.parameters())
     more, size = settings.nsamples / few, tokens.numel()
@@ -167,13 +160,14 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
         return (max(part - head, 0) * depth + head) * times
 
     took = defaultdict(float, parts)
-    pruning = depth * (sum(took[part] for part in ONCE) + more * (took["forward"] + took["Hessian"]))
-    tests = scaled(evaluation, loss * tested.numel(), sum(test_tokens(run)) / tested.numel())
+    solving = took[choices.SOLVERS[settings.solver].load().__name__]
+    pruning = depth * (solving + sum(took[part] for part in ONCE) + more * (took["forward"] + took["Hessian"]))
+    tests = sum(test_tokens(run)) * (depth * layers_take + loss)
     of_stage = {
         "dense model": tests, "evaluation": tests, "experts": scaled(took["experts"], 0, more),
         "sensitivity": scaled(took["sensitivity"], divergence * size, more * settings.nprobes),
         "gradients": scaled(took["gradients"], divergence * size / 2, more),
-        "pruning": pruning, "rounding": pruning, "quantization": pruning - depth * took["admm"],
+        "pruning": pruning, "rounding": pruning, "quantization": pruning - depth * solving,
         "distillation": scaled(took["distillation"], divergence * trained * T,
                                settings.extra_counts[1] / (trained or 1))}
     return {stage: of_stage.get(stage, 0) for stage in run.stages}
@@ -193,8 +187,9 @@ def one_of_each(config: PretrainedConfig, layers: torch.nn.ModuleList) -> Pretra
     return config
 
 
-def head_seconds(streamed: StreamedModel, tokens: torch.Tensor, narrow: bool) -> tuple[float, float]:
-    """Return the seconds that the head takes for a token in evaluation, and in distillation or for a gradient.
+@torch.no_grad()
+def layers_and_head(streamed: StreamedModel, tokens: torch.Tensor, narrow: bool) -> tuple[float, float, float]:
+    """Return seconds a token: of all layers, of the head in evaluation, and of the head in distillation or a gradient.
 
     tokens: (N, T). narrow: whether the vocabulary is narrowed as for distillation.
     """
@@ -202,15 +197,23 @@ def head_seconds(streamed: StreamedModel, tokens: torch.Tensor, narrow: bool) ->
     vocabulary = torch.arange(distill.VOCABULARY) if narrow and V > distill.VOCABULARY else None
     hidden, labels = stream.hidden[0, :, :stream.channels].to(stream.device), tokens[0].to(stream.device)
     labels = labels.clamp(max=distill.VOCABULARY - 1) if vocabulary is not None else labels
-    taken = []
-    for kind, compute in ((None, lambda head: measures.negative_log_likelihood(head, stream, tokens)),
-                          (vocabulary, lambda head: distill.divergence_of(head, hidden, hidden, labels)[0].item())):
-        with stream.head(streamed.model, vocabulary=kind) as head:
-            compute(head)  # The first call is slower.
-            start = time.perf_counter()
-            compute(head)
-            taken.append((time.perf_counter() - start) / (len(labels) if taken else tokens.numel()))
-    return taken[0], taken[1]
+
+    def timed(compute: Callable[[], object], count: int) -> float:
+        compute()  # The first time is slower.
+        clock = runtime.Clock(stream.device)
+        with clock.part("second"):
+            compute()
+        return clock.seconds()["second"] / count
+
+    def advance() -> None:
+        for index, layer in in_turn(streamed.layers, stream.device):
+            stream.advance(layer, index)
+
+    with stream.head(streamed.model) as head:
+        loss = timed(lambda: measures.negative_log_likelihood(head, stream, tokens), tokens.numel())
+    with stream.head(streamed.model, vocabulary=vocabulary) as head:
+        divergence = timed(lambda: distill.divergence_of(head, hidden, hidden, labels), len(labels))
+    return timed(advance, tokens.numel()), loss, divergence
 
 
 def text(run: Run, execute: Callable) -> str:
@@ -233,12 +236,9 @@ def text(run: Run, execute: Callable) -> str:
         lines.append(f"distill  {'yes' if run.distills else 'no'}: takes {gigabytes(training_need(run))} GB on "
                      f"{device}, which has {gigabytes(free(device))} GB free")
     if run.selected:
-        zeros, wbits = settings.prunen / settings.prunem if settings.prunem else settings.sparsity, settings.wbits
-        sizes = formats.format_bytes(load.size(run.config, run.dtype), [
-            (shape, zeros, wbits) for shape in run.selected.values()], run.model.dtype.itemsize, settings.groupsize,
-            settings.sym)
-        lines.append("result   " + ", ".join(f"{name} {gigabytes(nbytes)} GB" for name, nbytes in sizes.items()
-                                             if not choices.FORMATS[name].refuses(settings)))
+        zeros = settings.prunen / settings.prunem if settings.prunem else settings.sparsity
+        sizes = card.sizes([(shape, zeros, settings.wbits) for shape in run.selected.values()], run.model, settings)
+        lines.append("result   " + ", ".join(f"{name} {gigabytes(nbytes)} GB" for name, nbytes in sizes.items()))
     left = "" if elsewhere else f"; {gigabytes(memory.room(folder)[0])} GB are free"
     return "\n".join([*lines, f"disk     {gigabytes(run.disk_bytes)} GB in {folder}{left}"])
 

@@ -36,10 +36,10 @@ def open_run(run: Run, stack: contextlib.ExitStack, command: str | None = None,
         _read_texts(run, texts)
     with run.clock.part("load"):
         if next(run.model.parameters()).is_meta:
-            whole = load.multimodal(settings.model)
+            whole, skeleton = load.multimodal(settings.model), run.model
             run.model = load.open_model(settings.model, run.config, run.dtype)
-            if settings.dtype == "auto" and run.dtype != "auto":
-                run.model.stored_dtype = run.config.dtype
+            if (stored := streaming.stored_dtype(skeleton)) != skeleton.dtype:
+                run.model.stored_dtype = stored
         run.record = report.facts(run)
         if folder:
             run.record["identity"] = asked(settings, run.device) | {

@@ -28,6 +28,8 @@ class Evaluation(TypedDict, total=False):
     wandb_name: str | None
     wandb_group: str | None
     quiet: bool
+    dry_run: bool
+    device_memory: str | None
 
 
 class Options(Evaluation, total=False):
@@ -72,5 +74,3 @@ class Options(Evaluation, total=False):
     save_format: str
     resume: bool
     plot: str | Path | None
-    dry_run: bool
-    device_memory: str | None

@@ -117,7 +117,9 @@ def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Out
     if settings.save and plan.targets:
         run.record["disk"] = report.disk(run, plan.targets)
     if settings.save:
-        run.record["sizes"] = card.sizes(run.folder.path, run.record, run.model, settings)
+        rows = ((row["shape"], row["sparsity"], row.get("wbits", 16)) for row in run.record["matrices"])
+        run.record["sizes"] = card.sizes(rows, run.model, settings) | {settings.save_format: sum(
+            file.stat().st_size for file in run.folder.path.glob("*.safetensors"))}
     method = run.method
     if method == "dense" and run.record["sparsity"] > PRUNED:
         method = "as given"

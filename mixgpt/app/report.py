@@ -124,6 +124,8 @@ def sparsity_table(record: dict[str, Any]) -> str:
 
 def tables(record: dict[str, Any]) -> list[str]:
     """Return the tables of sparsities and, where a record has them, of perplexities and of scores in tasks."""
+    if not record:
+        return []  # A dry run measures nothing.
     found, perplexities, scores = [sparsity_table(record)], record["perplexity"], record.get("tasks", {})
     if texts := list(next(iter(perplexities.values()))):
         found.append(table(["perplexity", *texts], [

@@ -3,6 +3,7 @@
 import contextlib
 import re
 import shlex
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +71,17 @@ def _base(name: str) -> tuple[str | None, dict[str, Any]]:
     return front.get("base_model") if "mixgpt" in front.get("tags", ()) else None, front
 
 
-def sizes(folder: Path, record: dict[str, Any], model: PreTrainedModel, settings: Any) -> dict[str, int]:
-    """Return the bytes of the weights in a saved folder, and about those of the formats that it could have instead."""
-    weights = [(row["shape"], row["sparsity"], row.get("wbits", 16)) for row in record["matrices"]]
+def sizes(matrices: Iterable[tuple[tuple[int, int], float, int]], model: PreTrainedModel, settings: Any
+          ) -> dict[str, int]:
+    """Return about the bytes of a model's weights in each format that can hold it. matrices: as of `format_bytes`."""
     dtype, found = stored_dtype(model), {}
     total = load.size(model.config, dtype)
-    for name, nbytes in format_bytes(total, weights, dtype.itemsize, settings.groupsize, settings.sym).items():
+    for name, nbytes in format_bytes(total, matrices, dtype.itemsize, settings.groupsize, settings.sym).items():
         with contextlib.suppress(InputError):
             load.check_layers(settings.model, model, name)
             if not FORMATS[name].refuses(settings):
                 found[name] = nbytes
-    return found | {settings.save_format: sum(file.stat().st_size for file in folder.glob("*.safetensors"))}
+    return found
 
 
 def report(record: dict[str, Any]) -> str:

@@ -77,10 +77,14 @@ def reference_states(streamed: StreamedModel, tokens: Tensor) -> dict[str, Tenso
     return {"states": states, "vocabulary": vocabulary.to("cpu")}
 
 
-def room_for(streamed: StreamedModel, tokens: Tensor, effort: float = 1.0) -> int:
-    """Return how many of the sequences (N, T), up to streamed.batch_size, fit in a batch if each device trains all."""
+def room_for(streamed: StreamedModel, tokens: Tensor, effort: float = 1.0,
+             free: Callable[[torch.device], int] | None = None) -> int:
+    """Return how many of the sequences (N, T), up to streamed.batch_size, fit in a batch if each device trains all.
+
+    free: as of `placing.place_for`.
+    """
     fixed, sequence = training_bytes(streamed, tokens, effort)
-    room = int((memory.free(streamed.device) - fixed) / sequence)
+    room = int(((free or memory.free)(streamed.device) - fixed) / sequence)
     return min(distributed.all_gather_object(max(min(streamed.batch_size, per_step(tokens, effort), room), 0)))
 
 

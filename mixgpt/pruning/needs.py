@@ -11,7 +11,7 @@ from mixgpt.common import distributed, memory
 from mixgpt.common.runtime import attention_heads
 from mixgpt.modeling import decoder
 from mixgpt.modeling.experts import is_split, kind_of
-from mixgpt.modeling.linears import linears
+from mixgpt.modeling.linears import Key, linears
 from mixgpt.modeling.placing import place_for
 from mixgpt.modeling.running import SLICE, StreamedModel, rows_at_once
 from mixgpt.pruning.rotation import OUTPUTS
@@ -34,11 +34,11 @@ def batch_bytes(streamed: StreamedModel, T: int, gradients: bool = False) -> int
     shapes = {(index, kind_of(name)): module for index, layer in enumerate(streamed.layers)
               for name, module in linears(layer).items()}
     width = model.get_input_embeddings().embedding_dim
-    if gradients:  # then all inputs and outputs of linears count, and half as much again for what is between them
+    if gradients:  # All inputs and outputs of linears count, and half as much again for what is between them.
         last = max(index for index, _ in shapes)
         numbers = 2 * width + int(1.5 * sum(
             m.in_features + m.out_features for (index, _), m in shapes.items() if index == last))
-    else:  # the residual stream, its norm, and the widest linear's input and outputs
+    else:  # The residual stream, its norm, and the widest linear's input and outputs count.
         numbers = 3 * width + 3 * max(max(m.in_features, m.out_features) for m in shapes.values())
     if model.config._attn_implementation == "eager":
         numbers += 3 * attention_heads(model.config) * T
@@ -72,8 +72,8 @@ def chunk(streamed: StreamedModel, count: int, T: int, states: int, limit: float
     return size, place, size * sequence
 
 
-def pass_bytes(streamed: StreamedModel, selected: dict[tuple[int, str], tuple[int, int]], shape: tuple[int, int],
-               fits_reference: bool, admm: bool) -> tuple[int, int]:
+def pass_bytes(streamed: StreamedModel, selected: dict[Key, tuple[int, int]], shape: tuple[int, int],
+               fits_dense: bool, admm: bool) -> tuple[int, int]:
     """Estimate, on the high side, the bytes that pruning takes with one pass through each layer, and with two passes.
 
     In one pass all batches pause inside a layer at a time, and there is one Hessian; in two passes one batch is inside,
@@ -81,24 +81,24 @@ def pass_bytes(streamed: StreamedModel, selected: dict[tuple[int, str], tuple[in
     experts have one of all tokens that enter them. shape: (sequences of this process, tokens). While a batch waits in
     front of a linear, it holds the residual stream, its norm, and the linear's input or outputs of others beside it.
     """
-    model, (sequences, T), sets = streamed.model, shape, 1 + fits_reference
+    model, (sequences, T), sets = streamed.model, shape, 1 + fits_dense
     inputs, hessians = defaultdict(list), defaultdict(dict)
     for (index, name), (out, columns) in selected.items():
         path, _, last = name.rpartition(".")
-        inputs[index, path, columns].append(out)  # the linears that may read one input
+        inputs[index, path, columns].append(out)  # These linears may read one input.
         hessians[index][path, columns, last in OUTPUTS] = 4 * sets * columns**2
     width = model.get_input_embeddings().embedding_dim
-    mixture = any(map(is_split, model.modules()))  # whose experts hold copies of their tokens
+    mixture = any(map(is_split, model.modules()))  # Experts hold copies of their tokens.
     waiting = (2 + mixture) * width + max(
         max(columns, sum(outs) - min(outs)) for (_, _, columns), outs in inputs.items())
     if model.config._attn_implementation == "eager":
         waiting += 3 * attention_heads(model.config) * T
-    squares, stacks = (8, 9) if admm else (3 + fits_reference, 6)  # matrices like H and like W while one is pruned
+    squares, stacks = (8, 9) if admm else (3 + fits_dense, 6)  # matrices like H, and like W
     solving = max(4 * (squares * columns**2 + stacks * columns * sum(outs)) for (_, _, columns), outs in inputs.items())
     entering = 4 * width**2 * mixture
     token, work = T * model.dtype.itemsize, 2 * streamed.batch_size
-    states = (token * (sequences + work) * (sets + 2 * fits_reference) * width
-              + (2 + fits_reference) * layer_bytes(model) + solving)
+    states = (token * (sequences + work) * (sets + 2 * fits_dense) * width
+              + (2 + fits_dense) * layer_bytes(model) + solving)
     return (states + token * (sequences + work) * sets * waiting + entering + max(
                 max(of_layer.values()) for of_layer in hessians.values()),
             states + token * work * sets * waiting + entering + max(
@@ -118,7 +118,7 @@ def training_bytes(streamed: StreamedModel, tokens: torch.Tensor, step: int, voc
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
     width = model.get_input_embeddings().embedding_dim
     matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
-                for name, module in linears(layer).items()}  # of a layer's experts one stands for those of a token
+                for name, module in linears(layer).items()}  # One expert of a layer stands for those of a token.
     in_memory = not any(weight.is_meta for layer in layers for weight in layer.parameters())
     missing = sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
     fixed = missing + 12 * max(m.weight.numel() for m in matrices.values()) + (

@@ -7,6 +7,7 @@ import torch
 from conftest import CPU, assert_same_weights, read_little
 from makebelieve import Gpu
 
+import mixgpt
 from mixgpt import __main__
 from mixgpt.app import forecast, pipeline
 from mixgpt.app.checks import check
@@ -81,9 +82,19 @@ def test_a_dry_run_says_what_the_run_would_do_and_leaves_nothing(checkpoint_fold
     assert "method   ADMM (global, fisher, dense target, rotated heads, more text, distilled)" in said
     assert re.search(r"result   dense 0\.00 GB, sparse 0\.00 GB\n", said)
     assert re.search(r"at most .* [1-9]\d* s\n", said)  # a model this small takes seconds
-    for amount in (("--sparsity", ".5"), ("--wbits", "4", "--nearest")):
-        assert __main__.main(["plan", *words[:2], *amount, "--nsamples", "4", "--seqlen", "32"]) == 0
+    for what in ("plan --sparsity .5", "plan --wbits 4 --nearest", "eval --dry-run"):
+        command, *options = what.split()
+        assert __main__.main([command, words[0], *options, "--eval", "builtin", "--seqlen", "32"]) == 0
         assert "evaluation" in capsys.readouterr().out
+    assert repr(mixgpt.prune(*words[:2], sparsity=0.5, nsamples=4, seqlen=32, dry_run=True)) == ""
+
+
+def test_a_plan_names_the_formats_that_can_hold_the_result(checkpoint_folder, capsys):
+    for name, formats in (("llama", "dense, compressed-tensors, sparse"), ("qwen3-moe", "dense")):
+        words = "--wbits 4 --sym --sparsity .5 --nsamples 4 --seqlen 32 --device cpu --eval builtin --dtype bfloat16"
+        assert __main__.main(["plan", str(checkpoint_folder(name)), *words.split()]) == 0
+        said = re.search(r"result   (.*)", capsys.readouterr().out)[1]
+        assert re.sub(r" [\d.]+ GB", "", said) == formats
 
 
 def test_as_few_layers_are_timed_as_there_are_kinds(forecast_of):

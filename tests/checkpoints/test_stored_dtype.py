@@ -4,9 +4,12 @@ import json
 
 import pytest
 import torch
-from conftest import OTHERS, contents, make, record_of, saved_tensors
+from conftest import CPU, OTHERS, contents, make, record_of, saved_tensors
 from modeling import test_experts
 
+from mixgpt.app.checks import check
+from mixgpt.app.settings import Settings
+from mixgpt.checkpoints import card
 from mixgpt.common import runtime
 from mixgpt.pruning import layerwise
 
@@ -65,3 +68,10 @@ def test_an_interrupted_run_goes_on_to_the_same_model(options, base, prune, tmp_
         prune("llama", options, "--save", tmp_path / "broken", model=model, status=1)
     prune("llama", options, "--resume --save", tmp_path / "broken", model=model)
     assert contents(tmp_path / "broken") == contents(tmp_path / "whole")
+
+
+def test_a_plan_counts_the_result_in_the_dtype_that_is_saved(base):
+    settings = Settings(str(base("wide llama", torch.bfloat16)), "builtin", sparsity=0.5, nsamples=4, seqlen=32)
+    model = check(settings, CPU, runtime.Clock(CPU)).model
+    assert model.dtype == torch.float32
+    assert card.sizes([], model, settings)["dense"] == sum(2 * weight.numel() for weight in model.parameters())
