@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import os
 import time
+from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -27,6 +28,7 @@ from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill, expert_removal
 from mixgpt.pruning.hessian import InputHessian, activation_order
 from mixgpt.pruning.layerwise import magnitude_prune, prune_layerwise
+from mixgpt.pruning.needs import WAYS
 from mixgpt.pruning.solvers import Recipe, admm, prune_in_place, walk
 from mixgpt.pruning.targets import Target, select
 from mixgpt.quant import Scheme
@@ -70,7 +72,7 @@ def made(name, true_sequential, wbits, more=""):
         true_sequential=true_sequential, **options | {"solver": solver}))
     if more == "distilled":
         with mock.patch.object(distill, "STEPS", 1):  # in which all processes take all sequences
-            distill.distill(streamed, dict.fromkeys(plan), tokens, dense, 1)
+            distill.distill(streamed, dict.fromkeys(plan), tokens, dense, 1, replace(WAYS[-1], batch_size=2))
     return {"traces": traces, "state": model.state_dict(), "rows": sum(solved),
             "outcomes": {key: (outcome.error, outcome.percdamp, outcome.grid and outcome.grid.scale)
                          for key, outcome in outcomes.items()},
@@ -159,7 +161,7 @@ def elsewhere(rank, world, port, path):
 def poor(rank, world, port, short, late):
     """Be process `rank`; the last one counts `late` seconds later and, if short, lacks memory to distil batch two."""
     as_rank(rank, world, port)
-    backward, finish, calls = distill._backward, measures.Survey.finish, []
+    backward, finish, calls = distill.divergence_of, measures.Survey.finish, []
 
     def failing(*given):
         calls.append(given)
@@ -168,5 +170,5 @@ def poor(rank, world, port, short, late):
         return backward(*given)
 
     if rank == world - 1:
-        distill._backward = failing if short else backward
+        distill.divergence_of = failing if short else backward
         measures.Survey.finish = lambda survey: (time.sleep(late), finish(survey))[1]

@@ -2,6 +2,7 @@
 
 from dataclasses import asdict, replace
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -78,12 +79,11 @@ def _prune(run: Run, plan: Plan, survey: measures.Survey, kind: str, scheme: Sch
 
 
 def _distill(run: Run, plan: Plan, survey: measures.Survey, outcomes: dict[tuple[int, str], Outcome]
-             ) -> dict[str, float] | str:
+             ) -> dict[str, Any] | str:
     """Distil the pruned model, or leave it as it is and say why. Returns what to record, as an interrupted run has."""
-    on_host, folder = run.memory_plan.on_host, run.folder
+    folder = run.folder
     grids = {key: outcome.grid for key, outcome in outcomes.items()}
-    streamed, tokens = run.distilling(memory.MemoryPlan(run.settings.batch_size, on_host))
-    room = run.keep("distillation_batch", lambda: distill.room_for(streamed, tokens, run.settings.effort))
+    streamed, tokens = run.distilling(memory.MemoryPlan(run.settings.batch_size, run.memory_plan.on_host))
 
     def finish(index: int, layer: torch.nn.Module) -> None:
         survey.take(index, layer)
@@ -91,21 +91,25 @@ def _distill(run: Run, plan: Plan, survey: measures.Survey, outcomes: dict[tuple
         if folder:
             folder.save_layer(index, layer, of_layer, distilled=True)
 
-    def attempt(memory_plan: memory.MemoryPlan) -> dict[str, float]:
+    def result() -> dict[str, Any] | str:
         run.begin("distillation")
-        smaller = replace(streamed, batch_size=memory_plan.batch_size, on_host=memory_plan.on_host)
-        with run.clock.part("distillation"):
-            divergence = distill.distill(smaller, grids, tokens, plan.reference, run.settings.seed, finish,
-                                         run.settings.effort)
-            if folder:
-                folder.flush()
-        return {"divergence": divergence}
-
-    def result() -> dict[str, float] | str:
-        try:
-            return memory.retry_with_less_memory(memory.MemoryPlan(max(room, 1), on_host), attempt)
-        except (distill.Diverged, memory.OutOfMemory) as error:
-            return str(error)
+        for way in run.ways:
+            try:
+                with run.clock.part("distillation"):
+                    divergence = distill.distill(
+                        streamed, grids, tokens, plan.reference, run.settings.seed, way, finish, run.settings.effort,
+                        folder.folder if folder else None)
+                    if folder:
+                        folder.flush()
+                return {"divergence": divergence} | asdict(way)
+            except distill.Diverged as error:
+                return str(error)
+            except memory.OutOfMemory as error:
+                failure = str(error)
+                if way is not run.ways[-1]:
+                    print(f"warning  distillation, {way}, batches of {way.batch_size}: {failure}", flush=True)
+            memory.release()
+        return failure
 
     distilled = run.keep("distilled", result)
     if isinstance(distilled, str):

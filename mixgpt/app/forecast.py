@@ -56,19 +56,19 @@ def machine_of(run: Run) -> tuple[torch.device, Callable[[torch.device], int]]:
     return torch.device("cuda"), lambda device: free if device.type == "cuda" else sys.maxsize
 
 
-def training_need(run: Run) -> float:
-    """Return the bytes that distillation takes on the device, with as many sequences in a batch as there is room for.
+def training_need(run: Run) -> needs.Taken:
+    """Return the bytes that distillation takes in the fastest way that fits, or else in the one that takes least.
 
-    Also decides whether the run distils.
+    Also decides whether and how the run distils.
     """
     settings, (device, free) = run.settings, machine_of(run)
     run.further = torch.empty(sum(settings.extra_counts), run.seqlen, dtype=torch.long, device="meta")
     streamed, pieces = run.distilling(memory.MemoryPlan(settings.batch_size))
     streamed = replace(streamed, device=device)
-    fixed, sequence = distill.training_bytes(streamed, pieces, settings.effort)
-    room = distill.room_for(streamed, pieces, settings.effort, free)
-    run.distills = room > 0
-    return fixed + max(room, 1) * sequence
+    disk = memory.room(settings.save or tempfile.gettempdir())[0] - run.disk_bytes
+    run.ways = distill.ways(streamed, pieces, settings.effort, disk, free)
+    return distill.training_bytes(streamed, pieces, settings.effort, run.ways[0] if run.ways else replace(
+        needs.WAYS[-1], batch_size=1))
 
 
 def memory_needs(run: Run) -> list[Need]:
@@ -76,12 +76,12 @@ def memory_needs(run: Run) -> list[Need]:
     settings, T, world, (device, free), rows = run.settings, run.seqlen, distributed.world(), machine_of(run), []
     streamed, V = StreamedModel(run.model, device, settings.batch_size), run.config.get_text_config().vocab_size
     layer, rest = needs.layer_bytes(run.model), needs.rest_bytes(run.model)
-    training, distilled = training_need(run) if settings.distill else 0, settings.extra_counts[1] * T
+    training, distilled = training_need(run) if settings.distill else needs.Taken(0), settings.extra_counts[1] * T
     trained = distilled // world * run.token_bytes * run.distills  # The dense model's states wait until they are used.
     tested = sum(test_tokens(run))
     read = {"dense model": tested, "evaluation": tested, "reference": distilled, "experts": settings.nsamples * T}
     for stage in run.stages:
-        work, host, states = 0.0, layer + trained, 0.0
+        work, host, states, disk = 0.0, layer + trained, 0.0, 0.0
         if stage in read:
             work = max(layer + needs.batch_bytes(streamed, T), rest + needs.head_bytes(streamed, T, V, 1))
             host, states = layer + trained * (stage == "reference"), read[stage] // world * run.token_bytes
@@ -94,7 +94,7 @@ def memory_needs(run: Run) -> list[Need]:
                                                        rest + needs.head_bytes(streamed, T, narrow, 2))
             host += borders * (place == "host")
         elif stage == "distillation":
-            work = training
+            work, host, disk = training.device, trained + training.host, training.disk
         elif stage == "saving":
             host = saving_bytes(load.size(run.config, run.dtype), settings.save_format)
         elif not settings.calibrates:
@@ -109,7 +109,7 @@ def memory_needs(run: Run) -> list[Need]:
         place = place_for(states, device, free=free)
         work, host = work + states * (place == "device"), host + states * (place == "host")
         on_gpu = device.type == "cuda"
-        rows.append(Need(stage, work * on_gpu, host + work * (not on_gpu), states * (place == "disk")))
+        rows.append(Need(stage, work * on_gpu, host + work * (not on_gpu), disk + states * (place == "disk")))
     return rows
 
 
@@ -233,7 +233,8 @@ def text(run: Run, execute: Callable) -> str:
              f"method   {run.method}", "", table(["GB beside the program", "GPU", "host", "TMPDIR", "time"], cells), "",
              f"program  {gigabytes(psutil.Process().memory_info().rss)} GB of the host's memory"]
     if settings.distill:
-        lines.append(f"distill  {'yes' if run.distills else 'no'}: takes {gigabytes(training_need(run))} GB on "
+        taken = training_need(run)
+        lines.append(f"distill  {run.ways[0] if run.ways else 'no'}: takes {gigabytes(taken.device)} GB on "
                      f"{device}, which has {gigabytes(free(device))} GB free")
     if run.selected:
         zeros = settings.prunen / settings.prunem if settings.prunem else settings.sparsity

@@ -121,7 +121,7 @@ def _read_texts(run: Run, texts: list | torch.Tensor | None) -> None:
 
 
 def _plan(run: Run) -> tuple[list[str], list[str]]:
-    """Decide whether the run distils, which needs room for all weights, and whether layers take one pass.
+    """Decide whether and how the run distils, and whether layers take one pass.
 
     Returns the lines that tell why, and those of them that a quiet run prints, too.
     """
@@ -135,12 +135,19 @@ def _plan(run: Run) -> tuple[list[str], list[str]]:
         notes.append(f"dtype    float32 in memory, {name} on disk: this device is slower in that; --dtype sets both")
     if settings.distill:
         streamed, tokens = run.distilling(run.memory_plan)
-        run.distills = run.keep("distills", lambda: distill.room_for(streamed, tokens, settings.effort) > 0)
-        if not run.distills:
+        disk = memory.room(run.folder.path if run.folder else tempfile.gettempdir())[0] - run.disk_bytes
+        run.ways = [needs.Way(**way) for way in run.keep("distillation", lambda: [
+            asdict(way) for way in distill.ways(streamed, tokens, settings.effort, disk)])]
+        taken = distill.training_bytes(streamed, tokens, settings.effort, run.ways[0] if run.ways else replace(
+            needs.WAYS[-1], batch_size=1))
+        sizes = " and ".join(f"{nbytes / 1e9:.1f} of {left / 1e9:.1f} GB free {where}" for where, nbytes, left in (
+            (f"on {device}", taken.device, memory.free(device)),
+            ("on the host", taken.host, memory.free(torch.device("cpu"))), ("on disk", taken.disk, disk)) if nbytes)
+        if run.ways:
+            notes.append(f"distill  {run.ways[0]}: takes about {sizes}")
+        else:
             run.record["distilled"] = "no room"
-            needed = sum(distill.training_bytes(streamed, tokens, settings.effort))
-            warnings.append(f"distill  skipped: training all weights takes {needed / 1e9:.1f} GB, and "
-                            f"{memory.free(device) / 1e9:.1f} GB are free on {device}")
+            warnings.append(f"distill  skipped: {needs.WAYS[-1]}, it would take {sizes}")
     if run.selected and not run.memory_plan.two_passes and device.type == "cuda":
         notes.append(_plan_passes(run))
     elif run.selected:

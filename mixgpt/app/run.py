@@ -14,7 +14,7 @@ from mixgpt.common import distributed, memory, runtime
 from mixgpt.modeling import decoder
 from mixgpt.modeling.linears import Key
 from mixgpt.modeling.running import StreamedModel
-from mixgpt.pruning import distill
+from mixgpt.pruning import distill, needs
 
 Value = TypeVar("Value")
 LATER: Any = None  # `opening.open_run` sets these fields before anything reads them.
@@ -42,7 +42,7 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)  # mixgpt.json will hold it; each step adds its part.
     tracker: tracking.Tracker = LATER
     memory_plan: memory.MemoryPlan = LATER  # Pruning follows it.
-    distills: bool = False  # whether the pruned model is distilled at the end
+    ways: list[needs.Way] = field(default_factory=list)  # to distil the pruned model, as far as there is room
 
     @property
     def seqlen(self) -> int:
@@ -53,6 +53,11 @@ class Run:
     def method(self) -> str:
         """The name of what has happened, in tables and records."""
         return self.settings.method(distilled=not isinstance(self.record.get("distilled"), str))
+
+    @property
+    def distills(self) -> bool:
+        """Whether the pruned model is distilled at the end."""
+        return bool(self.ways)
 
     @property
     def dtype(self) -> torch.dtype | str:

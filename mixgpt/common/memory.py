@@ -103,6 +103,12 @@ def _is_of_gpu(error: BaseException) -> bool:
         name in str(error) for name in ("CUDA", "CUSOLVER"))
 
 
+def release() -> None:
+    """Let go of memory after an error in which it ran out."""
+    gc.collect()  # tensors referenced by the error's frames
+    torch.cuda.empty_cache()
+
+
 def retry_with_less_memory(plan: MemoryPlan, step: Callable[[MemoryPlan], Any], again: bool = True) -> Any:
     """Return step(plan), retrying with a more economical plan each time the GPU runs out of memory.
 
@@ -123,6 +129,5 @@ def retry_with_less_memory(plan: MemoryPlan, step: Callable[[MemoryPlan], Any], 
                 remedy = "--batch-size or --seqlen, or give --no-true-sequential" if cheaper else "--seqlen"
                 raise errors.InputError(f"--batch-size {plan.batch_size}: out of GPU memory; lower {remedy}") from error
         plan, change = cheaper
-        gc.collect()  # tensors referenced by the error's frames
-        torch.cuda.empty_cache()
+        release()
         print(f"warning  out of GPU memory: continuing with {change}", flush=True)

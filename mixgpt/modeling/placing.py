@@ -8,12 +8,14 @@ import tempfile
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import IO
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from mixgpt.common import memory, program, progress
+from mixgpt.common import distributed, memory, program, progress
 from mixgpt.common.files import writing
 from mixgpt.modeling import decoder, streaming
 
@@ -80,6 +82,37 @@ def allocate(shape: Sequence[int], dtype: torch.dtype, device: torch.device, pla
         if nbytes * (program.world("LOCAL_WORLD_SIZE") if in_memory else 1) > free:
             why = f"{tempfile.gettempdir()} is memory, too" if in_memory else os.strerror(errno.ENOSPC)
             raise OSError(errno.ENOSPC, why)  # Reserving the bytes would fill the disk before it fails.
-        if hasattr(os, "posix_fallocate"):  # macOS has none; there, a disk that others fill ends the run later.
-            os.posix_fallocate(file.fileno(), 0, nbytes)
+        _reserve(file, nbytes)
         return torch.from_file(file.name, shared=True, size=numel, dtype=dtype).view(shape)
+
+
+def allocate_together(nbytes: int, place: str, folder: Path | None) -> Tensor:
+    """Return bytes (nbytes,), on the host or on disk, that are the same for all processes of this machine.
+
+    folder: of files on disk (default: TMPDIR). Raises InputError if the disk is full.
+    """
+    if place == "host" and program.world("LOCAL_WORLD_SIZE") == 1:
+        return torch.empty(nbytes, dtype=torch.uint8)
+    local, path = program.rank("LOCAL_RANK"), ""
+    with contextlib.ExitStack() as stack:
+        if not local:
+            with writing(f"--distill: {nbytes / 1e9:.1f} GB", "free some space"):
+                if place == "host" and hasattr(os, "memfd_create"):  # It makes files in memory, on Linux.
+                    file = stack.enter_context(os.fdopen(os.memfd_create("mixgpt"), "wb"))
+                    path = f"/proc/{os.getpid()}/fd/{file.fileno()}"
+                else:
+                    file = stack.enter_context(tempfile.NamedTemporaryFile(dir=folder))
+                    path = file.name
+                _reserve(file, nbytes)
+        path = distributed.all_gather_object(path)[distributed.rank() - local]
+        tensor = torch.from_file(path, shared=True, size=nbytes, dtype=torch.uint8)
+        distributed.barrier()  # All have opened it: it may lose its name.
+    return tensor
+
+
+def _reserve(file: IO[bytes], nbytes: int) -> None:
+    """Give a file its bytes on disk. Raises OSError if there is no room."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(file.fileno(), 0, nbytes)
+    else:  # On macOS, a disk that others fill ends the run later.
+        os.truncate(file.fileno(), nbytes)

@@ -4,22 +4,32 @@ Kept weights are trained, or, where weights lie on grids, the scales of these. T
 pruned model's predictions q with the mean of the dense model's p and the token that follows (Hinton et al., arXiv
 1503.02531). The text is little, so that gradients are mostly noise, which dividing by their size in each column, as
 Adam does, would enlarge. So steps go along them, as far as the loss would fall by the divergence KL(p ‖ q) if it were
-linear (after stochastic Polyak steps, Loizou et al., arXiv 2002.10542), and end at the mean of the later ones' weights
-(stochastic weight averaging, Izmailov et al., arXiv 1803.05407).
+linear (after stochastic Polyak steps, Loizou et al., arXiv 2002.10542); the later ones become shorter.
+
+A step goes forward through the layers, keeping the hidden states between them, and back, where each layer runs again
+with gradients and is updated at once:
+
+    x₀ ──▶ layer 0 ──▶ x₁ ──▶ … ──▶ layer n ──▶ xₙ₊₁ ──▶ head ──▶ KL(p ‖ q), which gives the length of the step
+    g₀ ◀── layer 0 ◀── g₁ ◀── … ◀── layer n ◀── gₙ₊₁ ◀──┘         The sum over all gradients is that of the step before.
+
+So one layer at a time needs to be on the device. With room for more, all layers stay there, and the forward's graph.
 """
 
 import contextlib
 import math
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from mixgpt.common import distributed, memory, progress
+from mixgpt.common import distributed, memory, program, progress
 from mixgpt.common.runtime import repeatable_attention, seeded, wide
 from mixgpt.modeling.linears import Key, linears
-from mixgpt.modeling.placing import in_turn, on_device
+from mixgpt.modeling.placing import READER, allocate_together, in_turn, on_device
 from mixgpt.modeling.running import SLICE, HiddenStates, StreamedModel, by_rows
 from mixgpt.modeling.streaming import disk_weights, stored_dtype
 from mixgpt.pruning import needs
@@ -32,7 +42,7 @@ STEP_TOKENS = 512  # A step has so many tokens, if there are as many: gradients 
 LABELS = 0.5  # The weight of the text's next token beside the dense model's prediction.
 VOCABULARY = 49_152  # At most so many tokens' predictions are compared: all 262,144 of Gemma take 70% of a step.
 SCALES_RATE = 1e-2  # The root mean square of the change of scales in a step, as a fraction of their own.
-AVERAGED = 0.5  # Weights are averaged over this share of the steps, the last ones.
+SHORTENED = 0.5  # This share of the steps, the last ones, becomes shorter and shorter.
 
 
 class Diverged(ArithmeticError):
@@ -77,88 +87,56 @@ def reference_states(streamed: StreamedModel, tokens: Tensor) -> dict[str, Tenso
     return {"states": states, "vocabulary": vocabulary.to("cpu")}
 
 
-def room_for(streamed: StreamedModel, tokens: Tensor, effort: float = 1.0,
-             free: Callable[[torch.device], int] | None = None) -> int:
-    """Return how many of the sequences (N, T), up to streamed.batch_size, fit in a batch if each device trains all.
+def ways(streamed: StreamedModel, tokens: Tensor, effort: float, disk: float,
+         free: Callable[[torch.device], float] | None = None) -> list[needs.Way]:
+    """Return the `needs.Way`s to train on sequences (N, T) that fit in what is free, the fastest first.
 
-    free: as of `placing.place_for`.
+    disk: bytes that are free there. free: as of `placing.place_for`.
     """
-    fixed, sequence = training_bytes(streamed, tokens, effort)
-    room = int(((free or memory.free)(streamed.device) - fixed) / sequence)
-    return min(distributed.all_gather_object(max(min(streamed.batch_size, per_step(tokens, effort), room), 0)))
+    found, free, largest = [], free or memory.free, min(streamed.batch_size, per_step(tokens, effort))
+    host = free(torch.device("cpu"))
+    for way in needs.WAYS:
+        taken, sequence = (training_bytes(streamed, tokens, effort, replace(way, batch_size=size)) for size in (0, 1))
+        room = (free(streamed.device) - taken.device) // (sequence.device - taken.device)
+        size = min(distributed.all_gather_object(int(min(room, largest)) * (taken.host <= host and taken.disk <= disk)))
+        if size > 0:  # Should it run out of memory, it may go on with less.
+            found += [replace(way, batch_size=each) for each in dict.fromkeys((size, 1))]
+    return found
 
 
-def training_bytes(streamed: StreamedModel, tokens: Tensor, effort: float = 1.0) -> tuple[float, float]:
+def training_bytes(streamed: StreamedModel, tokens: Tensor, effort: float, way: needs.Way) -> needs.Taken:
     """Return `needs.training_bytes` of tokens (N, T)."""
-    return needs.training_bytes(streamed, tokens, per_step(tokens, effort), VOCABULARY)
+    return needs.training_bytes(streamed, tokens, per_step(tokens, effort), VOCABULARY, way)
 
 
 @torch.no_grad()
 def distill(streamed: StreamedModel, chosen: dict[Key, Grid | None], tokens: Tensor, reference: dict[str, Tensor],
-            seed: int, finish: Callable[[int, nn.Module], None] | None = None, effort: float = 1.0) -> float:
+            seed: int, way: needs.Way, finish: Callable[[int, nn.Module], None] | None = None, effort: float = 1.0,
+            folder: Path | None = None) -> float:
     """Train the chosen matrices in place.
 
-    streamed: the pruned model, put on the device as a whole. chosen: all pruned or quantized matrices, of which kept
-    weights are trained or, with a grid, its scales, in place at the end. finish: called at the end for each layer up to
-    the last chosen one, while it is on the device. Returns the mean KL(p ‖ q) per token, in nats. Raises Diverged if it
-    or a weight is not finite, or an error of memory, maybe in this process alone; the model is then as it was before.
+    streamed: the pruned model. chosen: all pruned or quantized matrices, of which kept weights are trained or, with a
+    grid, its scales, in place at the end. way: one of `ways`. finish: called at the end for each layer up to the last
+    chosen one, while it is on the device. folder: for what is kept on disk. Returns the mean KL(p ‖ q) per token, in
+    nats. Raises Diverged if it or a gradient is not finite, or an error of memory, maybe in this process alone; the
+    model is then as it was before.
     """
-    model, device, layers = streamed.model, streamed.device, streamed.layers
-    mine, size = tokens[distributed.share(len(tokens))], per_step(tokens, effort)
+    device, mine, size = streamed.device, tokens[distributed.share(len(tokens))], per_step(tokens, effort)
     steps = torch.randperm(len(mine), generator=seeded(seed, "distillation", distributed.rank())).split(size)
     steps += (steps[0][:0],) * (-(-len(tokens) // (size * distributed.world())) - len(steps))  # All take as many steps.
     with contextlib.ExitStack() as stack:
         # A process that runs out of memory in the middle of a step leaves others waiting: only a single one goes on.
         with memory.shared_fate() if distributed.world() == 1 else contextlib.nullcontext():
             with memory.shared_fate():
-                stack.enter_context(on_device(layers, device))
-                weights = stack.enter_context(_trained(layers, chosen))
-                stream = replace(streamed, batch_size=min(streamed.batch_size, size)).embed(mine)
-                vocabulary, labels = reference.get("vocabulary"), mine[:, 1:].contiguous()
-                head = stack.enter_context(stream.head(model, vocabulary=vocabulary))
-                labels = labels if vocabulary is None else torch.searchsorted(vocabulary, labels)
-                states = [_Scales(weight, grid) if grid else _Weight(weight)
-                          for weight, grid in zip(weights, chosen.values(), strict=True)]
+                training = stack.enter_context(_Training(streamed, chosen, mine, reference, way, folder))
             with repeatable_attention(device):
-                mean = _train(stream, layers, head, states, steps, reference["states"][:, :-1], labels)
-        for state in states:
-            if isinstance(state, _Scales):
-                state.grid.scale.copy_(state.scale)
-            else:
-                state.weight.copy_(state.weight.to(stored_dtype(model)))
-        if finish:
-            for index in range(1 + max(index for index, _ in chosen)):
-                finish(index, layers[index])
+                mean = training.run(steps)
+        for index, layer in training.turns(range(1 + max(index for index, _ in chosen))):
+            for name, state in training.states[index].items():
+                state.finish(linears(layer)[name].weight, stored_dtype(streamed.model))
+            if finish:
+                finish(index, layer)
     return mean
-
-
-def _train(stream: HiddenStates, layers: nn.ModuleList, head: Callable[[Tensor], Tensor],
-           states: "Sequence[_Weight | _Scales]", steps: Sequence[Tensor], reference: Tensor, labels: Tensor) -> float:
-    """Take the steps on sequences (n,), with reference (N, T − 1, C). Returns the divergence or raises Diverged."""
-    totals, before = [], len(steps) - math.ceil(AVERAGED * len(steps))  # Averaging starts after so many steps.
-    with progress.bar(steps, title="distilling", unit="step") as bar:
-        for number, rows in enumerate(bar, 1):
-            border = len(rows) // stream.batch_size * stream.batch_size
-            batches = *rows[:border].split(stream.batch_size), *rows[border:].split(1)  # The stream takes these sizes.
-            with memory.shared_fate():
-                divergences = [_backward(stream, layers, head, part, reference, labels)
-                               for part in batches if len(part)]
-            sums = torch.tensor([0.0, labels[rows].numel()], device=stream.device)  # (divergence, tokens)
-            sums[0] = sum(divergences)
-            distributed.all_reduce(sums)
-            total, count = sums.tolist()
-            if not math.isfinite(total):
-                raise Diverged(f"the divergence from the dense model is {total}")
-            totals.append((total, count))
-            _step(states, total, number - before)
-            bar.set_postfix_str(f"divergence {total / count:.3f}")
-    for state in states:
-        state.exact.add_(state.lag)
-        state.update()
-    if not torch.stack([state.exact.isfinite().all() for state in states]).all():
-        raise Diverged("gradients became infinite")
-    divergence, count = map(sum, zip(*totals, strict=True))
-    return divergence / count
 
 
 def per_step(tokens: Tensor, effort: float) -> int:
@@ -168,38 +146,202 @@ def per_step(tokens: Tensor, effort: float) -> int:
     return min(max(math.ceil(most / (STEPS * effort)), enough), most)
 
 
-@contextlib.contextmanager
-def _trained(layers: nn.ModuleList, chosen: dict[Key, Grid | None]) -> Generator[list[nn.Parameter]]:
-    """Yield the weights of the chosen matrices, which require gradients in the block; if it raises, restore them."""
-    modules = [linears(layer) for layer in layers]
-    trained = [modules[index][name].weight for index, name in chosen]
-    before = [weight.detach().to("cpu", copy=True) for weight in trained if not disk_weights(layers[0])]
-    try:
-        for weight in trained:
-            weight.requires_grad_(True)
-        yield trained
-    except BaseException:
-        for weight, copy in zip(trained, before, strict=False):
-            weight.data.copy_(copy)
-        raise
-    finally:
-        for weight in trained:
-            weight.requires_grad_(False)
-            weight.grad = None
+class _Training:
+    """The layers in training, as a context: where they are, and what is kept of each between its turns."""
+
+    def __init__(self, streamed: StreamedModel, chosen: dict[Key, Grid | None], tokens: Tensor,
+                 reference: dict[str, Tensor], way: needs.Way, folder: Path | None) -> None:
+        self.model, self.device, self.layers, self.way = streamed.model, streamed.device, streamed.layers, way
+        self.folder = folder
+        self.states = [{name: _Scales(grid.to(self.device), grid) if grid else _Weight()
+                        for (at, name), grid in chosen.items() if at == index} for index in range(len(self.layers))]
+        self.first = min(index for index, _ in chosen)
+        self.streamed, self.tokens, self.reference = streamed, tokens, reference
+        self.writing: Future | None = None
+        self.fall = torch.zeros((), device=self.device)  # of the loss, by a step as large as the weights
+
+    def __enter__(self) -> Self:
+        with contextlib.ExitStack() as stack:
+            if self.way.whole:
+                stack.enter_context(on_device(self.layers, self.device))
+            stack.push(self._restore)
+            self.places = [disk_weights(layer) for layer in self.layers]
+            trained = [linears(layer)[name].weight for layer, of_layer in zip(self.layers, self.states, strict=True)
+                       for name in of_layer]
+            self.before = [] if self.places[0] else [weight.detach().to("cpu", copy=True) for weight in trained]
+            for weight in trained:
+                weight.requires_grad_(True)
+            vocabulary, labels = self.reference.get("vocabulary"), self.tokens[:, 1:].contiguous()
+            self.stream = replace(self.streamed, batch_size=self.way.batch_size).embed(self.tokens)
+            self.head = stack.enter_context(self.stream.head(self.model, vocabulary=vocabulary))
+            self.labels = labels if vocabulary is None else torch.searchsorted(vocabulary, labels)
+            self.exit = stack.pop_all()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.exit.__exit__(*error)
+
+    def _restore(self, kind: type | None, *_: object) -> None:
+        """Let layers read from disk what they did before; after an error, weights in memory are what they were."""
+        if self.writing:
+            self.writing.exception()
+        before = iter(self.before)
+        for layer, places, states in zip(self.layers, self.places, self.states, strict=True):
+            for name in states:
+                weight = linears(layer)[name].weight.requires_grad_(False)
+                weight.grad = None
+                if kind and self.before:
+                    weight.data.copy_(next(before))
+            if places:
+                layer.disk_weights = places
+
+    def turns(self, indices: range) -> Iterator[tuple[int, nn.Module]]:
+        """Yield (index, layer) while the layer is on the device."""
+        layers = [self.layers[index] for index in indices]
+        turns = enumerate(layers) if self.way.whole else in_turn(layers, self.device)
+        return ((indices[place], layer) for place, layer in turns)
+
+    def run(self, steps: Sequence[Tensor]) -> float:
+        """Take the steps on sequences (n,). Returns the mean divergence per token, or raises Diverged."""
+        totals, shortening = [], math.ceil(SHORTENED * len(steps))
+        with progress.bar(steps, title="distilling", unit="step") as bar:
+            self._step(steps[0], None)
+            for number, rows in enumerate(bar):
+                total, count = self._step(rows, min((len(steps) - number) / shortening, 1))
+                totals.append((total, count))
+                bar.set_postfix_str(f"divergence {total / count:.3f}")
+        if not self.fall.isfinite():
+            raise Diverged("gradients became infinite")
+        divergence, count = map(sum, zip(*totals, strict=True))
+        return divergence / count
+
+    def _step(self, rows: Tensor, share: float | None) -> tuple[float, float]:
+        """Take a share of a step on sequences `rows`; None: measure the gradients alone. Returns divergence, tokens."""
+        border = len(rows) // self.stream.batch_size * self.stream.batch_size
+        batches = *rows[:border].split(self.stream.batch_size), *rows[border:].split(1)  # The stream takes these sizes.
+        batches = [_Batch(part, self.stream.hidden[part].to(self.device)) for part in batches if len(part)]
+        with memory.shared_fate():
+            for index, layer in self.turns(range(len(self.layers))):
+                for batch in batches:
+                    batch.forward(self.stream, layer, index, self.way.graph)
+            sums = torch.tensor([0.0, self.labels[rows].numel()], device=self.device)
+            sums[0] = sum(self._turn(batch) for batch in batches)
+        distributed.all_reduce(sums)
+        total, count, fall = torch.cat([sums, self.fall[None]]).tolist()  # The host waits once.
+        if not math.isfinite(total):
+            raise Diverged(f"the divergence from the dense model is {total}")
+        if not math.isfinite(fall):
+            raise Diverged("gradients became infinite")
+        self.fall.zero_()
+        ahead = None
+        for index, layer in self.turns(range(len(self.layers) - 1, self.first - 1, -1)):
+            fetched = ahead.result() if ahead else self._fetched(index)
+            ahead = READER.submit(self._fetched, index - 1) if index else None
+            # What fits once will fit in all further steps.
+            with memory.shared_fate() if share is None else contextlib.nullcontext():
+                for batch in batches:
+                    batch.backward(self.stream, layer, index)
+            self._update(index, layer, fetched, None if share is None else {
+                _Weight: share * total / (fall or 1), _Scales: share * SCALES_RATE})
+        if self.writing:
+            self.writing.result()
+        distributed.barrier()  # From now on other processes may read what the first one of a machine has written.
+        return total, count
+
+    def _turn(self, batch: "_Batch") -> Tensor:
+        """Start the gradient of a batch. Returns its divergence, summed over tokens."""
+        rows, hidden = batch.rows, batch.borders[-1]
+        reference, labels = self.reference["states"][rows, :-1], self.labels[rows]
+        divergence, gradient = divergence_of(self.head, hidden[:, :-1].flatten(0, 1), *(
+            tensor.to(self.device).flatten(0, 1) for tensor in (reference, labels)))
+        batch.gradient = torch.zeros_like(hidden)
+        batch.gradient[:, :-1] = gradient.view_as(hidden[:, :-1])
+        return divergence
+
+    def _fetched(self, index: int) -> dict[str, dict[str, Tensor]]:
+        """Return what is kept of a layer, on the device, beside its weights: {name: {part: tensor}}."""
+        shared = self.way.place != "device" and distributed.world() > 1
+        return {name: {part: tensor.to(self.device, copy=shared) for part, tensor in state.kept.items()
+                       if part != "weight"} for name, state in self.states[index].items()}
+
+    def _update(self, index: int, layer: nn.Module, fetched: dict[str, dict[str, Tensor]],
+                rates: dict[type, float] | None) -> None:
+        """Move the rows of a layer's matrices equally far against their gradients, which are removed.
+
+        rates: of each kind of state; None to measure alone, at first.
+        """
+        modules, states, gradients = linears(layer), self.states[index], []
+        weights = {name: modules[name].weight for name in states}
+        for name, state in states.items():
+            if rates is None:
+                fetched[name] = state.begin(weights[name])
+            gradients.append(state.gradient(weights[name]))
+            weights[name].grad = None
+        if distributed.world() > 1 and gradients:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            distributed.all_reduce(flat)
+            gradients = [part.view_as(gradient) for part, gradient in zip(
+                flat.split([gradient.numel() for gradient in gradients]), gradients, strict=True)]
+        for (name, state), gradient in zip(states.items(), gradients, strict=True):
+            norm = torch.linalg.vector_norm(wide(gradient), dim=1, keepdim=True)  # (rows, 1)
+            size = state.size(weights[name])
+            self.fall += size * norm.sum()
+            if rates:
+                factor = torch.where(norm > 0, rates[type(state)] * size / norm, 0)
+                state.move(weights[name], fetched[name], gradient.to(torch.float32, copy=True).mul_(factor))
+            if self.places[index] and not self.way.whole:
+                fetched[name]["weight"] = weights[name].detach()
+        if rates is None:
+            self._make_room(index, fetched)
+        if self.writing:
+            self.writing.result()
+        self.writing = READER.submit(self._keep, index, fetched)
+
+    def _make_room(self, index: int, fetched: dict[str, dict[str, Tensor]]) -> None:
+        """Allocate what is kept of a layer, one part behind the other; its weights will be read from there."""
+        parts = sorted(((name, part, tensor) for name, parts in fetched.items() for part, tensor in parts.items()),
+                       key=lambda part: -part[2].itemsize)
+        sizes, places = [tensor.nbytes for *_, tensor in parts], self.places[index]
+        rooms = [tensor for *_, tensor in parts]
+        if parts and self.way.place != "device":
+            rooms = [room.view(tensor.dtype).view(tensor.shape) for room, (*_, tensor) in zip(
+                allocate_together(sum(sizes), self.way.place, self.folder).split(sizes), parts, strict=True)]
+        for (name, part, _), room in zip(parts, rooms, strict=True):
+            self.states[index][name].kept[part] = room
+            if part == "weight" and places:
+                place = places[f"{name}.weight"]._replace(packed=lambda *_, room=room: room)
+                self.layers[index].disk_weights = self.layers[index].disk_weights | {f"{name}.weight": place}
+
+    def _keep(self, index: int, fetched: dict[str, dict[str, Tensor]]) -> None:
+        """Keep the parts of a layer's matrices until its next turn; the first process of a machine does for all."""
+        if not program.rank("LOCAL_RANK") or self.way.place == "device":
+            for name, parts in fetched.items():
+                for part, tensor in parts.items():
+                    self.states[index][name].kept[part].copy_(tensor)
 
 
-def _backward(stream: HiddenStates, layers: nn.ModuleList, head: Callable[[Tensor], Tensor], rows: Tensor,
-              reference: Tensor, labels: Tensor) -> Tensor:
-    """Add the gradients of the loss of sequences `rows` to the weights'. Returns the divergence, summed over tokens."""
-    hidden = stream.hidden[rows].to(stream.device)
-    with torch.enable_grad():
-        for index, layer in enumerate(layers):
-            hidden = stream.call(layer, index, hidden, rows)
-        predicting = hidden[:, :-1]
-    divergence, gradient = divergence_of(head, *(tensor.to(stream.device).flatten(0, 1) for tensor in (
-        predicting.detach(), reference[rows], labels[rows])))
-    predicting.backward(gradient.view_as(predicting))
-    return divergence
+class _Batch:
+    """Sequences that pass through all layers and back, with their hidden states between these."""
+
+    def __init__(self, rows: Tensor, hidden: Tensor) -> None:
+        self.rows, self.borders, self.outputs = rows, [hidden], []
+
+    def forward(self, stream: HiddenStates, layer: nn.Module, index: int, graph: bool) -> None:
+        """Run a layer. graph: whether to keep it for `backward`."""
+        with torch.set_grad_enabled(graph):
+            output = stream.call(layer, index, self.borders[-1].requires_grad_(graph), self.rows)
+        self.outputs.append(output if graph else None)
+        self.borders.append(output.detach())
+
+    def backward(self, stream: HiddenStates, layer: nn.Module, index: int) -> None:
+        """Add to the gradients of a layer's weights; the gradient is then that before it."""
+        output, hidden = self.outputs.pop(), self.borders[index].requires_grad_()
+        if output is None:
+            with torch.enable_grad():
+                output = stream.call(layer, index, hidden, self.rows)
+        torch.autograd.backward(output, self.gradient)
+        self.gradient = hidden.grad
+        del self.borders[index:]
 
 
 def divergence_of(head: Callable, hidden: Tensor, reference: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,59 +363,71 @@ def divergence_of(head: Callable, hidden: Tensor, reference: Tensor, labels: Ten
 
 
 class _Weight:
-    """A matrix that is trained, its float32 copy `exact`, and `lag`: its mean over the averaged steps minus `exact`."""
+    """A matrix that is trained. A 16-bit weight and "below", the bits below it, are a float32 one."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        self.weight, self.exact = weight, weight.detach().to(torch.float32, copy=True)
-        self.lag = torch.zeros_like(weight)
+    def __init__(self) -> None:
+        self.kept: dict[str, Tensor] = {}  # between the turns of its layer
 
-    def gradient(self) -> Tensor:
+    def begin(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return what will be kept of a weight."""
+        return {"below": torch.zeros_like(weight, dtype=torch.bfloat16)} if weight.itemsize == 2 else {}
+
+    def gradient(self, weight: Tensor) -> Tensor:
         """Return the gradient, 0 where the weight is 0."""
+        if weight.grad is None:
+            return torch.zeros_like(weight)
         # A boolean mask would take many times as long as this one of floats on a CPU.
-        return self.weight.grad.mul_(torch.ne(self.weight, 0, out=torch.empty_like(self.weight)))
+        return weight.grad.mul_(torch.ne(weight, 0, out=torch.empty_like(weight)))
 
-    def update(self) -> None:
-        """Take over the float32 copy."""
-        self.weight.copy_(self.exact)
+    def size(self, weight: Tensor) -> Tensor:
+        """Return the root mean square norm of rows."""
+        return torch.linalg.vector_norm(wide(weight)) / len(weight) ** 0.5
+
+    def move(self, weight: Tensor, kept: dict[str, Tensor], change: Tensor) -> None:
+        """Subtract a change."""
+        if not kept:
+            weight.sub_(change)
+            return
+        exact = kept["below"].float().add_(weight).sub_(change)
+        weight.copy_(exact)
+        kept["below"].copy_(exact.sub_(weight))
+
+    def finish(self, weight: Tensor, dtype: torch.dtype) -> None:
+        """Round the weight to the dtype on disk."""
+        weight.copy_(weight.to(dtype))
 
 
 class _Scales:
-    """The scales of a quantized matrix: factors of them are trained, `exact` and `lag`; its codes stay."""
+    """The scales of a quantized matrix: factors of them are trained; its codes stay."""
 
-    def __init__(self, weight: nn.Parameter, grid: Grid) -> None:
-        self.weight, self.grid = weight, grid
-        on_device = grid.to(weight.device)
-        self.group, self.scale, self.before = on_device.group, on_device.scale, on_device.scale.float()
-        self.units = on_device.units(on_device.codes(weight.detach()))
-        self.order = self.group.argsort(stable=True)  # All groups have one width.
-        self.exact, self.lag = torch.ones_like(self.before), torch.zeros_like(self.before)
+    def __init__(self, grid: Grid, result: Grid) -> None:
+        """Start from a grid on the device. result: the grid that gets the scales in the end."""
+        self.grid, self.result = replace(grid, scale=grid.scale.clone()), result
+        self.kept: dict[str, Tensor] = {}
+        self.before, self.factors = grid.scale.float(), torch.ones_like(grid.scale, dtype=torch.float32)
+        self.order = grid.group.argsort(stable=True)  # All groups have one width.
 
-    def gradient(self) -> Tensor:
+    def begin(self, weight: Tensor) -> dict[str, Tensor]:
+        """Return what will be kept of a weight."""
+        return {"codes": self.grid.codes(weight)}
+
+    def gradient(self, weight: Tensor) -> Tensor:
         """Return the gradient of the factors."""
-        products = self.weight.grad.float().mul_(self.weight)
-        return products[:, self.order].view(*self.before.shape, -1).sum(-1).div_(self.exact)
+        if weight.grad is None:
+            return torch.zeros_like(self.factors)
+        products = weight.grad.float().mul_(weight)
+        return products[:, self.order].view(*self.before.shape, -1).sum(-1).div_(self.factors)
 
-    def update(self) -> None:
-        """Take over the factors."""
-        self.scale = (self.before * self.exact).to(self.scale.dtype)
-        self.weight.copy_(self.units * self.scale[:, self.group])
+    def size(self, weight: Tensor) -> Tensor:
+        """Return the root mean square norm of rows."""
+        return torch.linalg.vector_norm(self.factors) / len(self.factors) ** 0.5
 
+    def move(self, weight: Tensor, kept: dict[str, Tensor], change: Tensor) -> None:
+        """Subtract a change of the factors."""
+        self.factors.sub_(change)
+        self.grid.scale.copy_(self.before * self.factors)
+        weight.copy_(self.grid.weights(kept["codes"]))
 
-def _step(states: "Sequence[_Weight | _Scales]", divergence: float, number: int) -> None:
-    """Move the rows of a matrix equally far, or factors of its scales, against the gradients, which are removed."""
-    gradients = []
-    for state in states:
-        gradients.append(torch.zeros_like(state.lag) if state.weight.grad is None else state.gradient())
-        state.weight.grad = None
-        distributed.all_reduce(gradients[-1])
-    norms = [torch.linalg.vector_norm(wide(gradient), dim=1, keepdim=True) for gradient in gradients]  # (rows, 1)
-    sizes = [torch.linalg.vector_norm(state.exact) / len(norm) ** 0.5
-             for state, norm in zip(states, norms, strict=True)]
-    fall = sum(size * norm.sum() for size, norm in zip(sizes, norms, strict=True))  # By a step as large as the weights.
-    for state, gradient, size, norm in zip(states, gradients, sizes, norms, strict=True):
-        rate = divergence / fall if isinstance(state, _Weight) else SCALES_RATE
-        change = gradient.to(torch.float32, copy=True).mul_(torch.where(norm > 0, rate * size / norm, 0))
-        state.exact.sub_(change)
-        if number > 1:  # It is 1 where averaging starts.
-            state.lag.add_(change.to(state.lag.dtype)).mul_(1 - 1 / number)
-        state.update()
+    def finish(self, weight: Tensor, dtype: torch.dtype) -> None:
+        """Give the grid its scales."""
+        self.result.scale.copy_(self.grid.scale)

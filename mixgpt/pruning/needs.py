@@ -3,11 +3,13 @@
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
-from mixgpt.common import distributed, memory
+from mixgpt.common import distributed, memory, program
 from mixgpt.common.runtime import attention_heads
 from mixgpt.modeling import decoder
 from mixgpt.modeling.experts import is_split, kind_of
@@ -15,6 +17,34 @@ from mixgpt.modeling.linears import Key, linears
 from mixgpt.modeling.placing import place_for
 from mixgpt.modeling.running import SLICE, StreamedModel, rows_at_once
 from mixgpt.pruning.rotation import OUTPUTS
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model is trained in the memory that there is."""
+
+    graph: bool  # The graph of a step's forward stays until its backward; else each layer runs again.
+    whole: bool  # All layers are on the device; else one in turn.
+    place: str  # There is what is kept between the turns of layers: device, host or disk.
+    batch_size: int = 0
+
+    def __str__(self) -> str:
+        layers = "all layers together" if self.graph else (
+            "all layers there, each run again for its gradients" if self.whole else "a layer at a time")
+        return layers + (f", what is kept of them on {'disk' if self.place == 'disk' else 'the host'}"
+                         if self.place != "device" else "")
+
+
+WAYS = (Way(True, True, "device"), Way(False, True, "device"), Way(False, True, "host"), Way(False, True, "disk"),
+        Way(False, False, "host"), Way(False, False, "disk"))  # From the fastest to the one that takes least.
+
+
+class Taken(NamedTuple):
+    """The bytes that a stage takes on the device, beside it on the host, and on disk."""
+
+    device: float
+    host: float = 0
+    disk: float = 0
 
 
 def layer_bytes(model: PreTrainedModel) -> int:
@@ -105,30 +135,44 @@ def pass_bytes(streamed: StreamedModel, selected: dict[Key, tuple[int, int]], sh
                 sum(of_layer.values()) for of_layer in hessians.values()))
 
 
-def training_bytes(streamed: StreamedModel, tokens: torch.Tensor, step: int, vocabulary: int) -> tuple[int, float]:
-    """Estimate the bytes that training the whole model takes, and what each sequence (T,) of a batch adds.
+def training_bytes(streamed: StreamedModel, tokens: torch.Tensor, step: int, vocabulary: int, way: Way) -> Taken:
+    """Estimate the bytes of training on sequences (N, T) in one `Way`.
 
-    Counted are all weights; for those in layers the gradient, a float32 copy, the distance of that from the mean and,
-    unless they are read from disk, a copy to restore; three more copies of the largest matrix; a second copy of the
-    head, narrowed to the vocabulary, and `head_bytes`; hidden states; and for each token of a batch the inputs and
-    outputs of linears, half as much again, and the scores of attention, or a third of their bytes for the buffers of
-    PyTorch's attention on a CPU. step: sequences of a step. vocabulary: most tokens of which predictions are compared.
+    Counted are the weights that are not there yet, or a layer's; a layer's gradients; three more copies of the largest
+    matrix; two bytes below each 16-bit weight; what restores weights in memory, or keeps those of layers in turn; a
+    second copy of the head, narrowed to the vocabulary, and `head_bytes`; hidden states; and for each token of a batch
+    the inputs and outputs of a layer's linears, half as much again, and the scores of attention, or a third of their
+    bytes for the buffers of PyTorch's attention on a CPU; half of that stays in a graph, for each token of a step and
+    in all layers. step: sequences of a step. vocabulary: most tokens of which predictions are compared.
     """
     model, device, layers = streamed.model, streamed.device, streamed.layers
     itemsize, T, config = model.dtype.itemsize, tokens.shape[1], model.config.get_text_config()
     width = model.get_input_embeddings().embedding_dim
     matrices = {(index, kind_of(name)): module for index, layer in enumerate(layers)
                 for name, module in linears(layer).items()}  # One expert of a layer stands for those of a token.
-    in_memory = not any(weight.is_meta for layer in layers for weight in layer.parameters())
-    missing = sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
-    fixed = missing + 12 * max(m.weight.numel() for m in matrices.values()) + (
-        itemsize * (device.type == "cpu" and in_memory) + 2 * itemsize + 4) * sum(
-            weight.numel() for layer in layers for weight in layer.parameters())
-    V = min(config.vocab_size, vocabulary)
-    fixed += V * itemsize * width + head_bytes(streamed, min(streamed.batch_size, step) * T, V, 2)
-    fixed += itemsize * width * T * -(-len(tokens) // distributed.world())
+    on_disk = any(weight.is_meta for layer in layers for weight in layer.parameters())
+    of_layers = [sum(weight.numel() for weight in layer.parameters()) for layer in layers]
+    below = 2 * (itemsize == 2)
+    kept: float = below * sum(of_layers)  # between the turns of layers
+    V, states = min(config.vocab_size, vocabulary), itemsize * width * T
+    fixed = itemsize * (max(of_layers) + V * width) + 12 * max(m.weight.numel() for m in matrices.values())
+    fixed += head_bytes(streamed, min(streamed.batch_size, step) * T, V, 2)
+    fixed += states * (-(-len(tokens) // distributed.world()) + step * (len(layers) + 1))
+    host = itemsize * sum(of_layers) * (not on_disk)
+    if way.whole:
+        fixed += sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
+    else:
+        fixed += rest_bytes(model) + (itemsize + below) * max(of_layers)
+        host += itemsize * max(of_layers)  # The next layer is read ahead.
+        kept += itemsize * sum(of_layers) * on_disk
+    fixed += kept * (way.place == "device")
+    host += kept * (way.place == "host") / program.world("LOCAL_WORLD_SIZE")  # The processes of a machine share it.
+    disk = kept * (way.place == "disk")
     experts = getattr(config, "num_experts_per_tok", None) or 1
-    sequence = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
-                                        for (_, kind), m in matrices.items())
+    activations = 1.5 * itemsize * T * sum((m.in_features + m.out_features) * (experts if "*" in kind else 1)
+                                           for (_, kind), m in matrices.items())
     score = 12 if model.config._attn_implementation == "eager" else 4 if device.type == "cpu" else 3 * itemsize
-    return fixed, sequence + score * T * T * len(layers) * attention_heads(config)
+    activations += score * T * T * len(layers) * attention_heads(config)
+    fixed += step * activations / 2 if way.graph else 0
+    fixed += way.batch_size * activations / len(layers)
+    return Taken(fixed + host, 0, disk) if device.type == "cpu" else Taken(fixed, host, disk)

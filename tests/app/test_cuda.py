@@ -8,6 +8,7 @@ import contextlib
 import gc
 import itertools
 import json
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -331,25 +332,39 @@ def test_a_gpu_that_is_too_small_ends_in_one_line(simulated, run):
 
 
 @pytest.mark.slow
-def test_distillation_goes_on_in_smaller_batches_down_to_what_fits(simulated, run, monkeypatch):
-    job, train, backward_of, tried = "--sparsity .5 --distill 2 --batch-size 8", distill.distill, distill._backward, []
-    monkeypatch.setattr(distill, "room_for", lambda *_: 6)
+def test_distillation_goes_on_in_the_next_way_where_memory_runs_out(simulated, run, monkeypatch):
+    job, train, forward, tried = "--sparsity .5 --distill 2", distill.distill, distill._Batch.forward, []
     with Gpu():
         expected, whole, _ = run("llama", job, "cuda:0")
 
-    def scarce(stream, layers, head, rows, *given):
-        if len(rows) > 2:
+    def scarce(batch, stream, layer, index, graph):
+        if graph or len(batch.rows) > 1:
             raise RuntimeError("Triton Error [CUDA]: out of memory")
-        return backward_of(stream, layers, head, rows, *given)
+        forward(batch, stream, layer, index, graph)
 
-    monkeypatch.setattr(distill, "_backward", scarce)
-    monkeypatch.setattr(distill, "distill", lambda streamed, *given: tried.append(
-        (streamed.batch_size, streamed.on_host)) or train(streamed, *given))
+    monkeypatch.setattr(distill._Batch, "forward", scarce)
+    monkeypatch.setattr(distill, "distill", lambda *given: tried.append(given[5]) or train(*given))
     with Gpu():
         found, record, _ = run("llama", job, "cuda:0")
-    assert tried == [(6, False), (6, True), (3, True), (1, True)]
-    assert record["distilled"] == {"divergence": pytest.approx(whole["distilled"]["divergence"], rel=1e-4)}
+    assert [(way.graph, way.whole, way.batch_size > 1) for way in tried] == [
+        (True, True, True), (True, True, False), (False, True, True), (False, True, False)]
+    assert record["distilled"] == {"divergence": pytest.approx(whole["distilled"]["divergence"], rel=1e-4)} | asdict(
+        tried[-1])
     assert all(torch.allclose(tensor, expected[key], rtol=0, atol=1e-4) for key, tensor in found.items())
+
+
+@pytest.mark.parametrize("way", [needs.WAYS[2], *needs.WAYS[4:]], ids=str)
+def test_distillation_on_a_gpu_with_less_room_gives_the_same_model(way, simulated, run, monkeypatch):
+    job, ways = "--sparsity .5 --distill 2", distill.ways
+    with Gpu():
+        expected, whole, _ = run("llama", job, "cuda:0")
+    monkeypatch.setattr(distill, "ways", lambda *given: [replace(way, batch_size=ways(*given)[0].batch_size)])
+    with Gpu() as gpu:
+        found, record, out = run("llama", job, "cuda:0")
+    assert f"distill  {way}: takes about 0.0 of" in out
+    assert record["distilled"]["divergence"] == pytest.approx(whole["distilled"]["divergence"], rel=1e-4)
+    assert all(torch.allclose(tensor, expected[key], rtol=0, atol=1e-4) for key, tensor in found.items())
+    print(gpu.synchronisations)
 
 
 @pytest.mark.parametrize("message", [

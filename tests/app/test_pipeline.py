@@ -30,7 +30,7 @@ from mixgpt.evaluation import selfcheck
 from mixgpt.evaluation.measures import perplexities
 from mixgpt.modeling import streaming
 from mixgpt.modeling.running import HiddenStates, StreamedModel
-from mixgpt.pruning import distill, solvers
+from mixgpt.pruning import distill, needs, solvers
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
@@ -397,20 +397,22 @@ def test_further_text_serves_the_hessians_and_distillation(number, more, piece, 
     prune_layerwise(streamed, plan, torch.cat([tokens, further]), Recipe())
     zeros = {name: weight == 0 for name, weight in model.state_dict().items()}
     if more:
-        divergence = distill.distill(training, dict.fromkeys(plan), distilled, dense, 0)
-        assert record["distilled"] == {"divergence": divergence}
+        way = distill.ways(training, distilled, 1.0, 0)[0]
+        divergence = distill.distill(training, dict.fromkeys(plan), distilled, dense, 0, way)
+        assert record["distilled"] == {"divergence": divergence} | asdict(way)
     assert record["settings"]["true_sequential"] and record["settings"]["batch_size"] == 2  # as pruned
     for key, tensor in saved_tensors(folder).items():
         assert torch.equal(tensor, model.state_dict()[key]) and torch.equal(tensor == 0, zeros[key]), key
 
 
 def test_without_room_for_training_the_model_is_not_distilled(prune, tmp_path, monkeypatch):
-    monkeypatch.setattr(distill, "training_bytes", lambda *_: (7 * 10**10, 12 * 10**8))
+    monkeypatch.setattr(needs, "training_bytes", lambda *_: needs.Taken(712 * 10**8 + 10 * _[-1].batch_size, 0, 2e15))
     monkeypatch.setattr(memory, "free", lambda device: 71 * 10**9)
     out = prune("llama", "--sparsity .5 --distill .5 --extra .25 --quiet --save", tmp_path / "with")
     prune("llama", "--sparsity .5 --extra .25 --save", tmp_path / "without")
     assert_same_weights(tmp_path / "with", tmp_path / "without")
-    assert out.count("distill  skipped: training all weights takes 71.2 GB, and 71.0 GB are free on cpu\n") == 1
+    assert re.search(r"distill  skipped: a layer at a time, what is kept of them on disk, it would take 71\.2 of 71\.0 "
+                     r"GB free on cpu and 2000000\.0 of [\d.]+ GB free on disk\n", out)
     assert record_of(tmp_path / "with")["distilled"] == "no room"
     assert [*record_of(tmp_path / "with")["perplexity"]] == ["SparseGPT (more text, not distilled)"]
     assert "SparseGPT (more text, not distilled) " in out
@@ -423,7 +425,7 @@ def test_without_room_for_training_the_model_is_not_distilled(prune, tmp_path, m
 def test_a_failed_distillation_leaves_the_pruned_model(error, step, in_memory, reason, checkpoint_folder, prune,
                                                        tmp_path, monkeypatch):
     """Weights of a checkpoint are on disk, or in memory where its .bin file cannot be converted."""
-    model, backward, calls = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model"), distill._backward, []
+    model, backward, calls = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model"), distill.divergence_of, []
     if in_memory:
         torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
         (model / "model.safetensors").unlink()
@@ -431,14 +433,14 @@ def test_a_failed_distillation_leaves_the_pruned_model(error, step, in_memory, r
 
     def failing(*given):
         calls.append(given)
-        if len(calls) % 4 != step % 4:  # of four batches, one a step
+        if len(calls) < step:
             return backward(*given)
         if error:
             raise error
-        return backward(*given) * torch.inf
+        return backward(*given)[0] * torch.inf, None
 
     monkeypatch.setattr(distill, "STEP_TOKENS", 1)
-    monkeypatch.setattr(distill, "_backward", failing)
+    monkeypatch.setattr(distill, "divergence_of", failing)
     options = "--sparsity .5 --batch-size 1 --save"
     prune("llama", options, tmp_path / "pruned", model=model)
     saved = tmp_path / "saved"

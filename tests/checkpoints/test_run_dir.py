@@ -367,7 +367,7 @@ def test_distillation_that_is_interrupted_costs_at_most_itself(finished, more, p
                         *[(distill, "distill")] * (finished > 4)):
         monkeypatch.setattr(owner, name, None)  # nothing is done again
     if finished > 3:
-        monkeypatch.setattr(distill, "room_for", lambda *_: 0)
+        monkeypatch.setattr(distill, "ways", lambda *_: [])
     prune(*options, saved, "--resume")
     assert contents(saved) == contents(tmp_path / "whole")
 
