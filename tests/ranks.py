@@ -158,6 +158,13 @@ def elsewhere(rank, world, port, path):
     RunDir.__init__ = other
 
 
+def in_way(rank, world, port, number):
+    """Be process `rank` of a run that distils in a given way."""
+    as_rank(rank, world, port)
+    ways = distill.ways
+    distill.ways = lambda *given: [replace(WAYS[number], batch_size=ways(*given)[0].batch_size)]
+
+
 def poor(rank, world, port, short, late):
     """Be process `rank`; the last one counts `late` seconds later and, if short, lacks memory to distil batch two."""
     as_rank(rank, world, port)

@@ -133,7 +133,7 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
         config, dtype = one_of_each(run.config, layers), run.model.dtype
         model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
     experts.use_linears(model)
-    few, trained = min(SEQUENCES, settings.nsamples), 0.0
+    few, step, trained = min(SEQUENCES, settings.nsamples), 0.0, 0.0
     tokens = torch.arange(few * T).remainder(run.config.get_text_config().vocab_size).view(few, T)
     if run.distills:
         pieces = distill.pieces(run.further[settings.extra_counts[0]:])
@@ -168,8 +168,9 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
         "sensitivity": scaled(took["sensitivity"], divergence * size, more * settings.nprobes),
         "gradients": scaled(took["gradients"], divergence * size / 2, more),
         "pruning": pruning, "rounding": pruning, "quantization": pruning - depth * solving,
-        "distillation": scaled(took["distillation"], divergence * trained * T,
-                               settings.extra_counts[1] / (trained or 1))}
+        # Distillation takes its first step twice.
+        "distillation": scaled(took["distillation"], divergence * (step + trained) * T,
+                               (step + settings.extra_counts[1]) / (step + trained or 1))}
     return {stage: of_stage.get(stage, 0) for stage in run.stages}
 
 

@@ -356,7 +356,7 @@ def test_distillation_goes_on_in_the_next_way_where_memory_runs_out(simulated, r
 @pytest.mark.parametrize("way", [needs.WAYS[2], *needs.WAYS[4:]], ids=str)
 def test_distillation_on_a_gpu_with_less_room_gives_the_same_model(way, simulated, run, monkeypatch):
     job, ways = "--sparsity .5 --distill 2", distill.ways
-    with Gpu():
+    with Gpu() as ample:
         expected, whole, _ = run("llama", job, "cuda:0")
     monkeypatch.setattr(distill, "ways", lambda *given: [replace(way, batch_size=ways(*given)[0].batch_size)])
     with Gpu() as gpu:
@@ -364,7 +364,9 @@ def test_distillation_on_a_gpu_with_less_room_gives_the_same_model(way, simulate
     assert f"distill  {way}: takes about 0.0 of" in out
     assert record["distilled"]["divergence"] == pytest.approx(whole["distilled"]["divergence"], rel=1e-4)
     assert all(torch.allclose(tensor, expected[key], rtol=0, atol=1e-4) for key, tensor in found.items())
-    print(gpu.synchronisations)
+    waits = [{what: count for what, count in device.synchronisations.items() if what[1].startswith("distill.py")}
+             for device in (ample, gpu)]
+    assert waits[0] == waits[1]  # Threads move what is kept; the one that launches work waits once a step.
 
 
 @pytest.mark.parametrize("message", [
