@@ -172,7 +172,7 @@ def poor(rank, world, port, short, late):
 
     def failing(*given):
         calls.append(given)
-        if len(calls) == 2:
+        if len(calls) > 1:
             raise MemoryError
         return backward(*given)
 

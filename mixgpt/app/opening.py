@@ -135,7 +135,7 @@ def _plan(run: Run) -> tuple[list[str], list[str]]:
         notes.append(f"dtype    float32 in memory, {name} on disk: this device is slower in that; --dtype sets both")
     if settings.distill:
         streamed, tokens = run.distilling(run.memory_plan)
-        disk = memory.room(run.folder.path if run.folder else tempfile.gettempdir())[0] - run.disk_bytes
+        disk = max(memory.room(run.folder.path if run.folder else tempfile.gettempdir())[0] - run.disk_bytes, 0)
         run.ways = [needs.Way(**way) for way in run.keep("distillation", lambda: [
             asdict(way) for way in distill.ways(streamed, tokens, settings.effort, disk)])]
         taken = distill.training_bytes(streamed, tokens, settings.effort, run.ways[0] if run.ways else replace(

@@ -91,16 +91,17 @@ def ways(streamed: StreamedModel, tokens: Tensor, effort: float, disk: float,
          free: Callable[[torch.device], float] | None = None) -> list[needs.Way]:
     """Return the `needs.Way`s to train on sequences (N, T) that fit in what is free, the fastest first.
 
-    disk: bytes that are free there. free: as of `placing.place_for`.
+    Each takes less on the device than the one before. disk: bytes that are free there. free: as of `placing.place_for`.
     """
     found, free, largest = [], free or memory.free, min(streamed.batch_size, per_step(tokens, effort))
-    host = free(torch.device("cpu"))
+    host, least = free(torch.device("cpu")), math.inf
     for way in needs.WAYS:
         taken, sequence = (training_bytes(streamed, tokens, effort, replace(way, batch_size=size)) for size in (0, 1))
         room = (free(streamed.device) - taken.device) // (sequence.device - taken.device)
         size = min(distributed.all_gather_object(int(min(room, largest)) * (taken.host <= host and taken.disk <= disk)))
-        if size > 0:  # Should it run out of memory, it may go on with less.
+        if size > 0 and taken.device < least:
             found += [replace(way, batch_size=each) for each in dict.fromkeys((size, 1))]
+            least = taken.device
     return found
 
 

@@ -339,9 +339,9 @@ def test_the_first_way_that_fits_is_taken(checkpoint_folder, monkeypatch):
     def found(device, host, disk):
         return module.ways(streamed, tokens, 1.0, disk, lambda place: device if place.type == "cuda" else host)
 
-    ways = [replace(way, batch_size=size) for way in WAYS for size in (4, 1)]
+    ways = [replace(way, batch_size=size) for way in WAYS if way.place != "disk" for size in (4, 1)]
     assert found(2**40, 2**40, 2**40) == ways and not found(0, 2**40, 2**40)
-    for way in ways[::2]:
+    for way in (replace(way, batch_size=4) for way in WAYS):
         taken = module.training_bytes(streamed, tokens, 1.0, way)
         assert way in found(*taken)
         for place, nbytes in taken._asdict().items():
