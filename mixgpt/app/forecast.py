@@ -65,8 +65,8 @@ def training_need(run: Run) -> needs.Taken:
     run.further = torch.empty(sum(settings.extra_counts), run.seqlen, dtype=torch.long, device="meta")
     streamed, pieces = run.distilling(memory.MemoryPlan(settings.batch_size))
     streamed = replace(streamed, device=device)
-    disk = sys.maxsize if settings.device_memory else memory.room(settings.save or tempfile.gettempdir())[0]
-    run.ways = distill.ways(streamed, pieces, settings.effort, max(disk - run.disk_bytes, 0), free)
+    disk = sys.maxsize if settings.device_memory else run.disk_left
+    run.ways = distill.ways(streamed, pieces, settings.effort, disk, free)
     return distill.training_bytes(streamed, pieces, settings.effort, run.ways[0] if run.ways else replace(
         needs.WAYS[-1], batch_size=1))
 

@@ -134,20 +134,8 @@ def _plan(run: Run) -> tuple[list[str], list[str]]:
         name = str(stored).removeprefix("torch.")
         notes.append(f"dtype    float32 in memory, {name} on disk: this device is slower in that; --dtype sets both")
     if settings.distill:
-        streamed, tokens = run.distilling(run.memory_plan)
-        disk = max(memory.room(run.folder.path if run.folder else tempfile.gettempdir())[0] - run.disk_bytes, 0)
-        run.ways = [needs.Way(**way) for way in run.keep("distillation", lambda: [
-            asdict(way) for way in distill.ways(streamed, tokens, settings.effort, disk)])]
-        taken = distill.training_bytes(streamed, tokens, settings.effort, run.ways[0] if run.ways else replace(
-            needs.WAYS[-1], batch_size=1))
-        sizes = " and ".join(f"{nbytes / 1e9:.1f} of {left / 1e9:.1f} GB free {where}" for where, nbytes, left in (
-            (f"on {device}", taken.device, memory.free(device)),
-            ("on the host", taken.host, memory.free(torch.device("cpu"))), ("on disk", taken.disk, disk)) if nbytes)
-        if run.ways:
-            notes.append(f"distill  {run.ways[0]}: takes about {sizes}")
-        else:
-            run.record["distilled"] = "no room"
-            warnings.append(f"distill  skipped: {needs.WAYS[-1]}, it would take {sizes}")
+        line = _plan_distillation(run)
+        (notes if run.distills else warnings).append(line)
     if run.selected and not run.memory_plan.two_passes and device.type == "cuda":
         notes.append(_plan_passes(run))
     elif run.selected:
@@ -155,6 +143,23 @@ def _plan(run: Run) -> tuple[list[str], list[str]]:
     if settings.calibrates and device.type == "cuda" and (reason := columns.triton_obstacle(device)):
         notes.append(f"kernels  using the slower PyTorch implementation, as Triton is not available ({reason})")
     return notes, warnings
+
+
+def _plan_distillation(run: Run) -> str:
+    """Choose the ways to distil that fit, if any does. Returns a line."""
+    device, effort, (streamed, tokens) = run.device, run.settings.effort, run.distilling(run.memory_plan)
+    run.ways = [needs.Way(**way) for way in run.keep("distillation", lambda: [
+        asdict(way) for way in distill.ways(streamed, tokens, effort, run.disk_left)])]
+    way = run.ways[0] if run.ways else replace(needs.WAYS[-1], batch_size=1)
+    taken = distill.training_bytes(streamed, tokens, effort, way)
+    places = ((f"on {device}", taken.device, memory.free(device)),
+              ("on the host", taken.host, memory.free(torch.device("cpu"))), ("on disk", taken.disk, run.disk_left))
+    sizes = " and ".join(f"{nbytes / 1e9:.1f} of {free / 1e9:.1f} GB free {place}" for place, nbytes, free in places
+                         if nbytes)
+    if run.ways:
+        return f"distill  {way}: takes about {sizes}"
+    run.record["distilled"] = "no room"
+    return f"distill  skipped: {way}, it would take {sizes}"
 
 
 def _plan_passes(run: Run) -> str:

@@ -1,5 +1,6 @@
 """A run in progress: its inputs, what it has made of them so far, and how it uses memory."""
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -96,6 +97,12 @@ class Run:
             return all_weights * (1 + bool(self.selected) + settings.quantizes_last)
         layers = sum(weight.nbytes for layer in decoder.layers_of(self.model) for weight in layer.parameters())
         return layers * (1 + (settings.distill > 0)) * bool(self.selected)
+
+    @property
+    def disk_left(self) -> float:
+        """The bytes that are free beside `disk_bytes`, 0 if that disk is memory, too."""
+        free, in_memory = memory.room(self.settings.save or tempfile.gettempdir())
+        return 0 if in_memory else max(free - self.disk_bytes, 0)
 
     @property
     def token_bytes(self) -> float:
