@@ -14,6 +14,7 @@ from multiprocessing import forkserver
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: the tests need no network
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch is imported: workers share the cores
 
 import torch
 

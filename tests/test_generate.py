@@ -4,6 +4,7 @@ import math
 import re
 import shutil
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -13,7 +14,10 @@ from conftest import make, save
 
 import mixgpt
 from mixgpt.app import generate
+from mixgpt.common import memory
 from mixgpt.evaluation import generation
+
+SPEED = r"([\d.]+ times as fast|speeds vary too much to compare)"
 
 
 @torch.no_grad()
@@ -119,8 +123,8 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
         assert lines[:2] == ["the list", ""] and lines[2].split() == ["dense", "|", "model"]
         assert re.fullmatch(r"dense \d tokens in \d+\.\d s, [\d.]+ tokens/s after the first, weights \d+ MB; model \d "
                             r"tokens in .* on cpu", lines[-2])
-        assert re.fullmatch(r"[\d.]+ times as fast, (\d\.\d\d) times the memory", lines[-1])
-        assert float(lines[-1].split()[4]) < 0.9 or kind != "sparse"
+        assert re.fullmatch(SPEED + r", \d\.\d\d times the memory", lines[-1])
+        assert float(lines[-1].split()[-4]) < 0.9 or kind != "sparse"
         texts[kind] = lines[2:-2]
     assert texts["sparse"] == texts["compressed-tensors"]
     expected = {title: by_hand(mixgpt.load(saved / folder, "cpu")[0], tokenizer, "the list", 8)
@@ -129,7 +133,23 @@ def test_every_format_generates_and_the_dense_model_stands_beside_it(saved, toke
     assert expected["dense"] != expected["model"]
     save(saved / "wide", make("wide llama").double(), tokenizer, {})
     assert run(saved / "dense", "the list", "--max-new-tokens", 2, "--dense", saved / "wide", "--device", "cpu") == 0
-    assert capsys.readouterr().out.endswith("times as fast, 1.00 times the memory\n")
+    assert re.fullmatch(SPEED + ", 1.00 times the memory", capsys.readouterr().out.splitlines()[-1])
+    monkeypatch.setattr(memory, "free", lambda _: 0)
+    assert run(saved / "dense", "the list", "--max-new-tokens", 2, "--dense", saved / "wide", "--device", "cpu") == 0
+    assert "\nspeeds not compared: too little memory for both models at once, 1.00 times" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("rates, expected", [
+    ([(10, 12), (5, 8), (10, 10)], 1.2), ([(10, 12), (1, 8), (10, 10)], math.nan), ([(10, math.nan)] * 3, math.nan)])
+def test_speeds_are_the_median_of_alternating_rounds_or_none(rates, expected):
+    made, left = [], [rate for pair in rates for rate in pair]
+
+    def model(name, max_new_tokens):
+        made.append((name, max_new_tokens))
+        return generation.Completion("", 4, 1.0, left.pop(0), 1)
+
+    found = generation.compare_speeds(partial(model, "dense"), partial(model, "other"), 4, 0)
+    assert found == pytest.approx(expected, nan_ok=True) and made == [("dense", 4), ("other", 4)] * 3
 
 
 @pytest.mark.parametrize("arguments, message", [

@@ -179,7 +179,8 @@ def test_the_demo_ends_in_one_table_one_picture_and_the_gain_in_speed_and_memory
     assert max(map(len, (above, *rows))) <= 100
     assert picture == "picture  demo/perplexity.png" and Path("demo/perplexity.png").is_file()
     assert run(generate) == 0
-    assert re.fullmatch(r"[\d.]+ times as fast, 0\.\d\d times the memory", capsys.readouterr().out.splitlines()[-1])
+    assert re.fullmatch(r"([\d.]+ times as fast|speeds vary too much to compare), 0\.\d\d times the memory",
+                        capsys.readouterr().out.splitlines()[-1])
 
 
 @pytest.mark.parametrize("block", re.findall(r"^```python\n(.*?)^```", TEXT, re.DOTALL | re.MULTILINE))

@@ -26,6 +26,11 @@ from mixgpt.common.texts import DATASETS
 REMEDY = "lower --batch-size, --nsamples or --seqlen, or give --no-true-sequential"
 RESUME = "what is in the folder of --save goes on with --resume"
 AMOUNTS = ("sparsity", "prunen", "wbits", "experts")  # Each of these options says what to do.
+if "OMP_WAIT_POLICY" not in os.environ:
+    # Beside other programs, threads that spin at barriers for long (GNU's 300,000 turns) wait for each other's time
+    # slices. Short spinning costs little then, and nothing when idle. OpenMP reads this when PyTorch is imported.
+    os.environ["OMP_WAIT_POLICY"] = "passive"
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # which GNU's library heeds first
 PACKAGES = ("torch", "transformers", "datasets", "tokenizers", "safetensors", "numba", "numpy")
 
 

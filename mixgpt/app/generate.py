@@ -1,8 +1,10 @@
 """Generate text with a saved model, optionally side by side with the dense one."""
 
+import math
 import shutil
 import sys
 import textwrap
+from functools import partial
 from itertools import zip_longest
 from pathlib import Path
 from typing import Any
@@ -49,12 +51,13 @@ def main(script: str, argv: list[str] | None = None) -> int:
 
 def print_completions(models: dict[str, str], prompt: str, chat: bool, device: str | None, dtype: str, bos: str,
                       **options: Any) -> None:
-    """Print the completions of models {title: name}, run one after the other. options: further ones of `complete`."""
+    """Print completions of models {title: name}, and how their speeds compare. options: further ones of `complete`."""
     from mixgpt.checkpoints.load import read_config
+    from mixgpt.common.memory import free
     from mixgpt.common.runtime import choose_device, choose_dtype
     from mixgpt.datautils import resolve_bos
-    from mixgpt.evaluation.generation import complete  # These imports take seconds.
-    place, completions, config = choose_device(device), {}, read_config(models["model"])
+    from mixgpt.evaluation.generation import compare_speeds, complete  # These imports take seconds.
+    place, completions, kept, config = choose_device(device), {}, [], read_config(models["model"])
     chosen, heading = choose_dtype(dtype, config, place), None if len(models) > 1 else prompt
     for title, name in models.items():
         loaded, tokenizer = mixgpt.load(name, place, config.dtype if chosen == "auto" else chosen)
@@ -65,8 +68,11 @@ def print_completions(models: dict[str, str], prompt: str, chat: bool, device: s
             with reading(f"--chat: the chat template of model {name}"):
                 text = tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False,
                                                      add_generation_prompt=True)
-        completions[title] = complete(loaded, tokenizer, text, heading=heading, bos=starts, **options)
-        del loaded  # The next model gets its memory.
+        run = partial(complete, loaded, tokenizer, text, bos=starts, **options)
+        completions[title] = run(heading=heading)
+        if kept or 2 * completions[title].nbytes < free(place):
+            kept.append(run)
+        del loaded, run  # The next model gets its memory if there is not enough for both.
     if len(models) > 1:
         width = min(max(shutil.get_terminal_size((100, 24)).columns, 20), 120)
         texts = {title: completion.text for title, completion in completions.items()}
@@ -79,7 +85,11 @@ def print_completions(models: dict[str, str], prompt: str, chat: bool, device: s
             print(f"warning  prompt: longer than the context of {name}, which reads it without its first {cut} tokens")
     if len(models) > 1:
         dense, other = completions.values()
-        print(f"{other.rate / dense.rate:.2f} times as fast, {other.nbytes / dense.nbytes:.2f} times the memory")
+        speed = "speeds not compared: too little memory for both models at once"
+        if len(kept) > 1:
+            ratio = compare_speeds(*kept, min(options["max_new_tokens"], 8), dense.seconds + other.seconds)
+            speed = "speeds vary too much to compare" if math.isnan(ratio) else f"{ratio:.2f} times as fast"
+        print(f"{speed}, {other.nbytes / dense.nbytes:.2f} times the memory")
 
 
 def side_by_side(texts: dict[str, str], width: int) -> list[str]:

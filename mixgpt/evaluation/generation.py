@@ -2,7 +2,7 @@
 
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import median
@@ -25,6 +25,20 @@ class Completion:
     rate: float  # of the median token after the first, which takes the prompt, per second; NaN if there is none
     nbytes: int  # of the model's weights in memory
     cut: int = 0  # tokens at the beginning of the prompt for which the model's context had no room
+
+
+def compare_speeds(dense: Callable[..., Completion], other: Callable[..., Completion], tokens: int,
+                   seconds: float) -> float:
+    """Return how many times as fast as `dense` another model makes tokens, in alternation; NaN if that is unsteady.
+
+    Both are `complete` but for max_new_tokens, of which a round makes up to `tokens`. 7 rounds, of which those after
+    the third begin within `seconds`. Unsteady: rounds give ratios that differ twofold, or make less than two tokens.
+    """
+    ratios, start = [], time.perf_counter()
+    while len(ratios) < 3 or len(ratios) < 7 and time.perf_counter() - start < seconds:
+        before = dense(max_new_tokens=tokens).rate
+        ratios.append(other(max_new_tokens=tokens).rate / before)
+    return median(ratios) if max(ratios) <= 2 * min(ratios) else math.nan  # no NaN is at most another
 
 
 @torch.no_grad()

@@ -1,6 +1,8 @@
 """Check that the command line answers before anything expensive is imported."""
 
 import dataclasses
+import os
+import re
 import subprocess
 import sys
 import traceback
@@ -110,3 +112,14 @@ def test_ten_frames_lead_from_main_to_the_line_that_zeroes(options, prune, monke
     monkeypatch.setattr(columns, "fastest", lambda W, grid: walk)
     prune("llama", "--sparsity .5", options)
     assert frames and all(len(names) + 1 <= 10 for names in frames), frames[0]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only GNU's OpenMP shows its spin count")
+@pytest.mark.parametrize("given, spins", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
+                                          ({"OMP_WAIT_POLICY": "active"}, "30000000000")], ids=str)
+@pytest.mark.parametrize("entry", ["opt", "generate", "mixgpt.__main__"])
+def test_openmp_spins_for_a_short_time_at_barriers_unless_the_user_says_else(entry, given, spins):
+    own = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    done = subprocess.run([sys.executable, "-c", f"import {entry}, torch"], capture_output=True, text=True, check=True,
+                          cwd=ROOT, env=own | {"OMP_DISPLAY_ENV": "verbose"} | given)
+    assert {*re.findall(r"GOMP_SPINCOUNT = '(\d+)'", done.stderr)} == {spins}
