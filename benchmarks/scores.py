@@ -20,7 +20,7 @@ from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import write_output
 
 DENSE = "dense", "0%"
-NOT_PRUNING = ("load", "data", "save", "evaluation", "tasks", "W&B")  # parts of a run
+NOT_PRUNING = ("load", "data", "save", "evaluation", "verification", "tasks", "W&B")  # parts of a run
 
 
 def flags_of(target):

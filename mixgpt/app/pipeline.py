@@ -36,6 +36,7 @@ def execute(settings: Settings, command: str | None = None, model: PreTrainedMod
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)  # The peak of earlier runs in this process does not count.
     with contextlib.ExitStack() as stack:
+        stack.enter_context(clock.part("other"))  # The other parts lie in it, so that all add up to the whole time.
         stack.enter_context(runtime.isolated(device, settings.quiet))
         if settings.save and settings.resume and model is tokenizer is texts is None and (
                 record := run_dir.completed(settings.save, {"model": settings.model} | opening.asked(
@@ -104,9 +105,10 @@ def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Out
     if settings.eval or settings.tasks:
         run.begin("evaluation")
     perplexities = _perplexities(run, final, found.take)
-    zeros, logits = found.finish()
+    with run.clock.part("verification"):
+        zeros, logits = found.finish()
+        expected_zeros, expected = survey.finish()  # The same, unless the model is saved.
     if settings.save:
-        expected_zeros, expected = survey.finish()
         alike = torch.allclose(logits, expected, 0, 0, equal_nan=True)  # ty: ignore[invalid-argument-type]  # tensors
         for what, equal in (("zeros", zeros == expected_zeros), ("logits", alike)):
             if not equal:

@@ -12,7 +12,7 @@ from torch.linalg import vecdot
 
 from mixgpt.common import distributed
 from mixgpt.common.runtime import multiplies_bfloat16
-from mixgpt.kernels.selection import smallest, smallest_in_groups
+from mixgpt.kernels.selection import kth_smallest, smallest, smallest_in_groups
 from mixgpt.pruning.targets import Target
 
 ITERATIONS = 9  # ADMM takes so many iterations.
@@ -38,7 +38,7 @@ def prune_masks(scores: Sequence[Tensor], targets: Sequence[Target], totals: Seq
             first = distributed.share(total).start * columns
             samples.append(part.flatten()[-first % step::step])
         samples = distributed.all_gather_parts(samples, distributed.all_gather_object(list(map(len, samples))))
-        return [part <= sample.kthvalue(max(round(fraction * target.sparsity * len(sample)), 1)).values
+        return [part <= kth_smallest(sample, max(round(fraction * target.sparsity * len(sample)), 1))
                 for part, sample, target in zip(scores, samples, targets, strict=True)]
     if prunem:
         share = 1 if fraction is None else fraction
@@ -71,7 +71,7 @@ def admm_scores(W: Tensor, H: Tensor, counts: list[int], targets: Sequence[Targe
         torch.abs(S, out=scores).mul_(roots).masked_fill_(gone, -1)
         if t < ITERATIONS:
             masks = prune_masks(scores.split(counts), targets, totals, 1 - (1 - min(t / RAMP, 1)) ** 3)
-            torch.mul(S, ~torch.cat(masks), out=Z)  # On a CPU, masked_fill takes many times as long.
+            torch.logical_not(torch.cat(masks), out=Z).mul_(S)  # On a CPU, masked_fill takes many times as long.
             S.add_(W)
             change = multiply(torch.add(Z, S, alpha=-0.5, out=scores))  # (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
             S.sub_(Z).add_(change)

@@ -114,12 +114,15 @@ class Calibration:
         self._rotate(index, layer)
         recipe, reference = self.recipe, self.reference
         names = [name for planned, name in self.plan if planned == index]
-        groups = [tuple(name for name in group if name in names) for group in shared_inputs(layer, index, self.stream)]
+        with self.clock.part("forward"):
+            groups = [tuple(name for name in group if name in names)
+                      for group in shared_inputs(layer, index, self.stream)]
         groups = [group for group in groups if group]
         if unused := set(names).difference(*groups):
             raise InputError(f"layer {index} {', '.join(sorted(unused))}: not called as a module, cannot be "
                              "calibrated; leave it out with --prune-only")
-        twin = DenseTwin(layer, index, self.stream, reference, groups, recipe.light_first) if reference else None
+        with self.clock.part("forward"):
+            twin = reference and DenseTwin(layer, index, self.stream, reference, groups, recipe.light_first)
         hessians = LayerHessians(layer, self.stream, groups, self.nsequences, self.clock, twin)
         passes = self._one_pass if recipe.true_sequential else self._two_passes
         with contextlib.closing(passes(layer, index, hessians, twin)) as stops:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mixgpt.common import distributed
 from mixgpt.common.runtime import wide
-from mixgpt.kernels.selection import smallest_in_groups
+from mixgpt.kernels.selection import kth_smallest, smallest_in_groups
 from mixgpt.modeling.linears import hooked, linears
 from mixgpt.modeling.running import HiddenStates, Reached
 from mixgpt.pruning.admm import SAMPLE
@@ -137,4 +137,4 @@ def _kept(counts: Tensor, target: Target) -> Tensor:
     if target.prunem:
         return 1 - smallest_in_groups(counts.view(-1, target.prunem, 1), target.prunen).view_as(counts).to(counts.dtype)
     sample = counts.flatten()[::counts.numel() // SAMPLE | 1]
-    return (counts > sample.kthvalue(max(round(target.sparsity * len(sample)), 1)).values).to(counts.dtype)
+    return (counts > kth_smallest(sample, max(round(target.sparsity * len(sample)), 1))).to(counts.dtype)

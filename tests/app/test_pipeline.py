@@ -6,6 +6,7 @@ import re
 import shlex
 import shutil
 import sys
+import time
 from collections import Counter
 from dataclasses import asdict, replace
 
@@ -20,8 +21,9 @@ import mixgpt
 from mixgpt import datautils
 from mixgpt.allocation import fisher, traces
 from mixgpt.allocation.plan import allocate_whole
-from mixgpt.app import opening
+from mixgpt.app import allocating, opening
 from mixgpt.app.cli import parse
+from mixgpt.app.pipeline import execute
 from mixgpt.app.settings import Settings
 from mixgpt.checkpoints import load
 from mixgpt.common import choices, memory, runtime
@@ -59,6 +61,15 @@ def test_the_main_job_prints_measured_numbers_and_saves_them(name, options, prun
     assert re.search(rf"^{method} +{record['perplexity'][method]['builtin']:.2f}$", out, re.MULTILINE)
     assert record["data"]["builtin"]["sha256"] == source["sha256"]
     assert record["settings"]["seqlen"] == 32 and record["versions"]["torch"] == torch.__version__
+
+
+def test_the_parts_of_a_run_add_up_to_its_time_also_where_it_does_what_has_no_name(checkpoint_folder, monkeypatch):
+    choose = allocating.choose
+    monkeypatch.setattr(allocating, "choose", lambda run: time.sleep(2) or choose(run))
+    start = time.perf_counter()
+    seconds = execute(Settings(str(checkpoint_folder("llama")), "builtin", sparsity=0.5, preset="best", nsamples=4,
+                               seqlen=32, eval=(), device="cpu", quiet=True))["seconds"]
+    assert 0.95 <= sum(seconds.values()) / (time.perf_counter() - start) <= 1
 
 
 @pytest.mark.parametrize("name, save_format, options", [
