@@ -122,7 +122,7 @@ class Calibration:
             raise InputError(f"layer {index} {', '.join(sorted(unused))}: not called as a module, cannot be "
                              "calibrated; leave it out with --prune-only")
         with self.clock.part("forward"):
-            twin = reference and DenseTwin(layer, index, self.stream, reference, groups, recipe.light_first)
+            twin = DenseTwin(layer, index, self.stream, reference, groups, recipe.light_first) if reference else None
         hessians = LayerHessians(layer, self.stream, groups, self.nsequences, self.clock, twin)
         passes = self._one_pass if recipe.true_sequential else self._two_passes
         with contextlib.closing(passes(layer, index, hessians, twin)) as stops:
