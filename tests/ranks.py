@@ -25,7 +25,7 @@ from mixgpt.kernels import selection
 from mixgpt.modeling import streaming
 from mixgpt.modeling.experts import is_split, split_experts
 from mixgpt.modeling.running import StreamedModel
-from mixgpt.pruning import distill, expert_removal
+from mixgpt.pruning import distill, expert_removal, training
 from mixgpt.pruning.hessian import InputHessian, activation_order
 from mixgpt.pruning.layerwise import magnitude_prune, prune_layerwise
 from mixgpt.pruning.needs import WAYS
@@ -168,7 +168,7 @@ def in_way(rank, world, port, number):
 def poor(rank, world, port, short, late):
     """Be process `rank`; the last one counts `late` seconds later and, if short, lacks memory to distil batch two."""
     as_rank(rank, world, port)
-    backward, finish, calls = distill.divergence_of, measures.Survey.finish, []
+    backward, finish, calls = training.divergence_of, measures.Survey.finish, []
 
     def failing(*given):
         calls.append(given)
@@ -177,5 +177,5 @@ def poor(rank, world, port, short, late):
         return backward(*given)
 
     if rank == world - 1:
-        distill.divergence_of = failing if short else backward
+        training.divergence_of = failing if short else backward
         measures.Survey.finish = lambda survey: (time.sleep(late), finish(survey))[1]

@@ -12,7 +12,7 @@ from mixgpt.common import choices, memory
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation import measures
 from mixgpt.modeling.streaming import locations_of, stored_dtype
-from mixgpt.pruning import distill, layerwise, solvers
+from mixgpt.pruning import distill, layerwise, solvers, training
 from mixgpt.pruning.targets import Outcome
 from mixgpt.quant import Scheme
 
@@ -102,7 +102,7 @@ def _distill(run: Run, plan: Plan, survey: measures.Survey, outcomes: dict[tuple
                     if folder:
                         folder.flush()
                 return {"divergence": divergence} | asdict(way)
-            except distill.Diverged as error:
+            except training.Diverged as error:
                 return str(error)
             except memory.OutOfMemory as error:
                 failure = str(error)

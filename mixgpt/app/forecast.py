@@ -25,7 +25,7 @@ from mixgpt.evaluation import measures, selfcheck
 from mixgpt.modeling import decoder, experts
 from mixgpt.modeling.placing import in_turn, place_for
 from mixgpt.modeling.running import StreamedModel
-from mixgpt.pruning import distill, needs
+from mixgpt.pruning import distill, needs, training
 
 UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
 TEST_TOKENS = {"wikitext2": 330_000, "ptb": 110_000, "builtin": 25_000}  # Most tokenizers give about so many.
@@ -213,7 +213,7 @@ def layers_and_head(streamed: StreamedModel, tokens: torch.Tensor, narrow: bool)
     with stream.head(streamed.model) as head:
         loss = timed(lambda: measures.negative_log_likelihood(head, stream, tokens), tokens.numel())
     with stream.head(streamed.model, vocabulary=vocabulary) as head:
-        divergence = timed(lambda: distill.divergence_of(head, hidden, hidden, labels), len(labels))
+        divergence = timed(lambda: training.divergence_of(head, hidden, hidden, labels), len(labels))
     return timed(advance, tokens.numel()), loss, divergence
 
 

@@ -26,7 +26,7 @@ from mixgpt.common import memory, runtime
 from mixgpt.common.choices import RECORD
 from mixgpt.kernels import columns
 from mixgpt.modeling import running
-from mixgpt.pruning import distill, needs
+from mixgpt.pruning import distill, needs, training
 from mixgpt.sparsegpt import Walk
 
 JOBS = {
@@ -333,7 +333,7 @@ def test_a_gpu_that_is_too_small_ends_in_one_line(simulated, run):
 
 @pytest.mark.slow
 def test_distillation_goes_on_in_the_next_way_where_memory_runs_out(simulated, run, monkeypatch):
-    job, train, forward, tried = "--sparsity .5 --distill 2", distill.distill, distill._Batch.forward, []
+    job, train, forward, tried = "--sparsity .5 --distill 2", distill.distill, training._Batch.forward, []
     with Gpu():
         expected, whole, _ = run("llama", job, "cuda:0")
 
@@ -342,7 +342,7 @@ def test_distillation_goes_on_in_the_next_way_where_memory_runs_out(simulated, r
             raise RuntimeError("Triton Error [CUDA]: out of memory")
         forward(batch, stream, layer, index, graph)
 
-    monkeypatch.setattr(distill._Batch, "forward", scarce)
+    monkeypatch.setattr(training._Batch, "forward", scarce)
     monkeypatch.setattr(distill, "distill", lambda *given: tried.append(given[5]) or train(*given))
     with Gpu():
         found, record, _ = run("llama", job, "cuda:0")

@@ -32,7 +32,7 @@ from mixgpt.evaluation import selfcheck
 from mixgpt.evaluation.measures import perplexities
 from mixgpt.modeling import streaming
 from mixgpt.modeling.running import HiddenStates, StreamedModel
-from mixgpt.pruning import distill, needs, solvers
+from mixgpt.pruning import distill, needs, solvers, training
 from mixgpt.pruning.layerwise import prune_layerwise
 from mixgpt.pruning.solvers import Recipe
 from mixgpt.pruning.targets import Target, select
@@ -436,7 +436,7 @@ def test_without_room_for_training_the_model_is_not_distilled(prune, tmp_path, m
 def test_a_failed_distillation_leaves_the_pruned_model(error, step, in_memory, reason, checkpoint_folder, prune,
                                                        tmp_path, monkeypatch):
     """Weights of a checkpoint are on disk, or in memory where its .bin file cannot be converted."""
-    model, backward, calls = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model"), distill.divergence_of, []
+    model, backward, calls = shutil.copytree(checkpoint_folder("llama"), tmp_path / "model"), training.divergence_of, []
     if in_memory:
         torch.save(load_file(model / "model.safetensors"), model / "pytorch_model.bin")
         (model / "model.safetensors").unlink()
@@ -452,7 +452,7 @@ def test_a_failed_distillation_leaves_the_pruned_model(error, step, in_memory, r
         return divergence * torch.inf, gradient
 
     monkeypatch.setattr(distill, "STEP_TOKENS", 1)
-    monkeypatch.setattr(distill, "divergence_of", failing)
+    monkeypatch.setattr(training, "divergence_of", failing)
     options = "--sparsity .5 --batch-size 1 --save"
     prune("llama", options, tmp_path / "pruned", model=model)
     saved = tmp_path / "saved"

@@ -20,6 +20,7 @@ from mixgpt.modeling.experts import split_experts
 from mixgpt.modeling.linears import linears as modules_in
 from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill as module
+from mixgpt.pruning import training
 from mixgpt.pruning.distill import distill, reference_states
 from mixgpt.pruning.needs import WAYS
 from mixgpt.pruning.targets import select
@@ -79,7 +80,7 @@ class Scene:
         log_q = (pruned or self.pruned)(self.tokens, use_cache=False).logits[:, :-1, seen].log_softmax(-1)
         likelihood = (log_q * (seen == labels[..., None])).sum(-1)
         cross_entropy = -(log_p.exp() * log_q).sum(-1)
-        loss = (1 - module.LABELS) * cross_entropy - module.LABELS * likelihood
+        loss = (1 - training.LABELS) * cross_entropy - training.LABELS * likelihood
         return (log_p.exp() * (log_p - log_q)).sum(-1).mean(), loss.mean()
 
 
@@ -96,18 +97,18 @@ def test_an_effort_multiplies_the_steps_down_to_a_thousand_tokens_each(monkeypat
 
 def gradients(scene, monkeypatch):
     """Let no step change a weight. Returns {matrix: [gradient of each step]}, and of each the last rate given."""
-    found, rates, update = {key: [] for key in scene.chosen}, {}, module._Training._update
+    found, rates, update = {key: [] for key in scene.chosen}, {}, training.Training._update
 
-    def observed(training, index, layer, kept, given):
-        for name, state in training.states[index].items():
+    def observed(running, index, layer, kept, given):
+        for name, state in running.states[index].items():
             def gradient(weight, of=state, key=(index, name)):
                 found[key].append(type(of).gradient(of, weight).clone())
                 return torch.zeros_like(found[key][-1])
             state.gradient = gradient
         rates.update(given or {})
-        update(training, index, layer, kept, given)
+        update(running, index, layer, kept, given)
 
-    monkeypatch.setattr(module._Training, "_update", observed)
+    monkeypatch.setattr(training.Training, "_update", observed)
     return found, rates
 
 
@@ -115,6 +116,7 @@ def gradients(scene, monkeypatch):
 def test_gradients_are_those_of_the_loss(name, most, way, monkeypatch):
     for constant, value in {"VOCABULARY": most, "STEPS": 1, "SLICE": 7}.items():  # 7: several parts
         monkeypatch.setattr(module, constant, value)
+    monkeypatch.setattr(training, "SLICE", 7)
     monkeypatch.setattr(running, "CACHED", 1)  # a row at a time
     scene = Scene(name, torch.float64)
     found, _ = gradients(scene, monkeypatch)
@@ -153,24 +155,24 @@ def test_steps_would_end_at_zero_if_the_divergence_were_linear_and_later_ones_ar
             exact[key] -= rate * change
     calls = iter(zip(divergences, steps, strict=True))
 
-    def turn(training, batch):
-        divergence, training.planned = next(calls)
+    def turn(running, batch):
+        divergence, running.planned = next(calls)
         batch.gradient = torch.zeros_like(batch.borders[-1])
         return torch.tensor(divergence)
 
     def gradient(state, weight):
         return planned[id(weight)] * (weight != 0)
 
-    planned, update = {}, module._Training._update
+    planned, update = {}, training.Training._update
 
-    def replaced(training, index, layer, *given):
+    def replaced(running, index, layer, *given):
         for name, linear in modules_in(layer).items():
-            planned[id(linear.weight)] = training.planned[index, name]
-        update(training, index, layer, *given)
+            planned[id(linear.weight)] = running.planned[index, name]
+        update(running, index, layer, *given)
 
-    monkeypatch.setattr(module._Training, "_turn", turn)
-    monkeypatch.setattr(module._Training, "_update", replaced)
-    monkeypatch.setattr(module._Weight, "gradient", gradient)
+    monkeypatch.setattr(training.Training, "_turn", turn)
+    monkeypatch.setattr(training.Training, "_update", replaced)
+    monkeypatch.setattr(training._Weight, "gradient", gradient)
     monkeypatch.setattr(module, "per_step", lambda *_: 1)
     mean = scene.distill()
     assert mean == pytest.approx(sum(divergences[1:]) / N / (T - 1))
@@ -181,7 +183,7 @@ def test_steps_would_end_at_zero_if_the_divergence_were_linear_and_later_ones_ar
 
 
 def test_sixteen_bits_and_those_below_add_up_small_changes():
-    weight, state = torch.ones(3, 4, dtype=torch.bfloat16), module._Weight()
+    weight, state = torch.ones(3, 4, dtype=torch.bfloat16), training._Weight()
     kept = state.begin(weight)
     for _ in range(256):
         state.move(weight, kept, torch.full((3, 4), 2.0**-13))  # bfloat16 rounds each of them to nothing.
@@ -242,14 +244,14 @@ def test_gradients_of_scales_are_those_of_the_loss(name, scheme, monkeypatch):
         return torch.func.functional_call(scene.pruned, before | scaled, (tokens,), more)
 
     wanted = torch.autograd.grad(scene.divergence(forward)[1] * N * (T - 1), list(factors.values()), allow_unused=True)
-    start = module._Scales.begin
+    start = training._Scales.begin
 
     def moved(state, weight):
         state.factors.fill_(2)  # As if factors had moved.
         return start(state, weight)
 
-    monkeypatch.setattr(module._Scales, "begin", moved)
-    monkeypatch.setattr(module._Scales, "move", lambda *_: None)
+    monkeypatch.setattr(training._Scales, "begin", moved)
+    monkeypatch.setattr(training._Scales, "move", lambda *_: None)
     monkeypatch.setattr(module, "STEPS", 1)
     scene.distill()
     for gradient, other in zip([last for *_, last in found.values()], wanted, strict=True):
@@ -351,17 +353,17 @@ def test_the_first_way_that_fits_is_taken(checkpoint_folder, monkeypatch):
 @pytest.mark.parametrize("part, call, failure, expected", [
     ("divergence_of", 1, MemoryError(), memory.OutOfMemory),
     ("divergence_of", 6, torch.OutOfMemoryError("CUDA out of memory"), memory.OutOfGpuMemory),
-    ("divergence_of", 6, lambda result: (result[0] * torch.inf, result[1]), module.Diverged),
-    ("divergence_of", 6, lambda result: (result[0], result[1] * torch.inf), module.Diverged),
-    ("_Training._update", 1, RuntimeError("unforeseen"), RuntimeError),
-    ("_Training._update", 6, MemoryError(), memory.OutOfMemory),
-    ("_Training._keep", 6, MemoryError(), memory.OutOfMemory)])
+    ("divergence_of", 6, lambda result: (result[0] * torch.inf, result[1]), training.Diverged),
+    ("divergence_of", 6, lambda result: (result[0], result[1] * torch.inf), training.Diverged),
+    ("Training._update", 1, RuntimeError("unforeseen"), RuntimeError),
+    ("Training._update", 6, MemoryError(), memory.OutOfMemory),
+    ("Training._keep", 6, MemoryError(), memory.OutOfMemory)])
 @pytest.mark.parametrize("way", [WAYS[0], WAYS[-1]], ids=str)
 def test_a_model_that_cannot_be_distilled_is_what_it_was(part, call, failure, expected, way, monkeypatch):
     scene, calls = Scene(scheme=SCHEMES["groups"]), []
     # scales of two layers are trained, weights of one
     scene.chosen |= dict.fromkeys([key for key in scene.chosen if key[0] == 1])
-    work = operator.attrgetter(part)(module)
+    work = operator.attrgetter(part)(training)
 
     def failing(*given):
         calls.append(given)
@@ -369,7 +371,7 @@ def test_a_model_that_cannot_be_distilled_is_what_it_was(part, call, failure, ex
             raise failure
         return failure(work(*given)) if len(calls) == call else work(*given)
 
-    monkeypatch.setattr(f"{module.__name__}.{part}", failing)
+    monkeypatch.setattr(f"{training.__name__}.{part}", failing)
     with pytest.raises(expected):
         scene.distill(batch_size=1, way=way, finish=lambda *_: pytest.fail("finished"))
     assert len(calls) >= call
