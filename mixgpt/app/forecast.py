@@ -76,7 +76,7 @@ def memory_needs(run: Run) -> list[Need]:
     settings, T, world, (device, free), rows = run.settings, run.seqlen, distributed.world(), machine_of(run), []
     streamed, V = StreamedModel(run.model, device, settings.batch_size), run.config.get_text_config().vocab_size
     layer, rest = needs.layer_bytes(run.model), needs.rest_bytes(run.model)
-    training, distilled = training_need(run) if settings.distill else needs.Taken(0), settings.extra_counts[1] * T
+    distilled, distilling = settings.extra_counts[1] * T, training_need(run) if settings.distill else needs.Taken(0)
     trained = distilled // world * run.token_bytes * run.distills  # The dense model's states wait until they are used.
     tested = sum(test_tokens(run))
     read = {"dense model": tested, "evaluation": tested, "reference": distilled, "experts": settings.nsamples * T}
@@ -94,7 +94,7 @@ def memory_needs(run: Run) -> list[Need]:
                                                        rest + needs.head_bytes(streamed, T, narrow, 2))
             host += borders * (place == "host")
         elif stage == "distillation":
-            work, host, disk = training.device, trained + training.host, training.disk
+            work, host, disk = distilling.device, trained + distilling.host, distilling.disk
         elif stage == "saving":
             host = saving_bytes(load.size(run.config, run.dtype), settings.save_format)
         elif not settings.calibrates:

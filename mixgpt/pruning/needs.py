@@ -29,10 +29,11 @@ class Way:
     batch_size: int = 0
 
     def __str__(self) -> str:
-        layers = "all layers together" if self.graph else (
-            "all layers there, each run again for its gradients" if self.whole else "a layer at a time")
-        return layers + (f", what is kept of them on {'disk' if self.place == 'disk' else 'the host'}"
-                         if self.place != "device" else "")
+        layers = "all layers at once" if self.graph else (
+            "all layers on the device, activations recomputed" if self.whole else "a layer at a time")
+        kept = "the lower 16 bits of weights" if self.whole else "weights"
+        place = {"device": "", "host": f", {kept} on the host", "disk": f", {kept} on disk"}[self.place]
+        return layers + place
 
 
 WAYS = (Way(True, True, "device"), Way(False, True, "device"), Way(False, True, "host"), Way(False, True, "disk"),

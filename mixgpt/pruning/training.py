@@ -35,7 +35,7 @@ SHORTENED = 0.5  # This share of the steps, the last ones, becomes shorter and s
 
 
 class Diverged(ArithmeticError):
-    """A divergence or weight is not finite. The model is as it was before distillation."""
+    """A divergence or gradient is not finite. The model is as it was before distillation."""
 
 
 class Training:
@@ -56,12 +56,12 @@ class Training:
         with contextlib.ExitStack() as stack:
             if self.way.whole:
                 stack.enter_context(on_device(self.layers, self.device))
-            stack.push(self._restore)
             self.places = [disk_weights(layer) for layer in self.layers]
-            trained = [linears(layer)[name].weight for layer, of_layer in zip(self.layers, self.states, strict=True)
-                       for name in of_layer]
-            self.before = [] if self.places[0] else [weight.detach().to("cpu", copy=True) for weight in trained]
-            for weight in trained:
+            self.trained = [linears(layer)[name].weight for layer, of_layer in zip(
+                self.layers, self.states, strict=True) for name in of_layer]
+            self.before = [] if self.places[0] else [weight.detach().to("cpu", copy=True) for weight in self.trained]
+            stack.push(self._restore)
+            for weight in self.trained:  # A layer that is read from disk takes this over from the one on meta.
                 weight.requires_grad_(True)
             vocabulary, labels = self.reference.get("vocabulary"), self.tokens[:, 1:].contiguous()
             self.stream = replace(self.streamed, batch_size=self.way.batch_size).embed(self.tokens)
@@ -77,13 +77,11 @@ class Training:
         """Let layers read from disk what they did before; after an error, weights in memory are what they were."""
         if self.writing:
             self.writing.exception()
-        before = iter(self.before)
-        for layer, places, states in zip(self.layers, self.places, self.states, strict=True):
-            for name in states:
-                weight = linears(layer)[name].weight.requires_grad_(False)
-                weight.grad = None
-                if kind and self.before:
-                    weight.data.copy_(next(before))
+        for weight in self.trained:
+            weight.requires_grad_(False).grad = None
+        for weight, before in zip(self.trained, self.before if kind else (), strict=False):
+            weight.data.copy_(before)
+        for layer, places in zip(self.layers, self.places, strict=True):
             if places:
                 layer.disk_weights = places
 

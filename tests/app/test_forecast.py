@@ -57,7 +57,7 @@ def test_a_machine_that_is_not_here_is_asked_about_by_the_memory_of_its_gpu(fore
         return {need.stage: need for need in forecast.memory_needs(run)}, forecast.text(run, None)
 
     (little, said), (ample, _), (_, least) = planned("4MB"), planned("1 GiB"), planned("1MB")
-    assert "distill  a layer at a time, what is kept of them on the host: takes 0.00 GB on cuda" in said
+    assert "distill  a layer at a time, weights on the host: takes 0.00 GB on cuda" in said
     assert little["distillation"].host > ample["distillation"].host and "distill  no: takes 0.0" in least
     assert little["pruning"].device < ample["pruning"].device  # in two passes
     assert little["pruning"].host > ample["pruning"].host  # of hidden states

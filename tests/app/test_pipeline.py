@@ -422,7 +422,7 @@ def test_without_room_for_training_the_model_is_not_distilled(prune, tmp_path, m
     out = prune("llama", "--sparsity .5 --distill .5 --extra .25 --quiet --save", tmp_path / "with")
     prune("llama", "--sparsity .5 --extra .25 --save", tmp_path / "without")
     assert_same_weights(tmp_path / "with", tmp_path / "without")
-    assert re.search(r"distill  skipped: a layer at a time, what is kept of them on disk, it would take 71\.2 of 71\.0 "
+    assert re.search(r"distill  skipped: a layer at a time, weights on disk, it would take 71\.2 of 71\.0 "
                      r"GB free on cpu and 2000000\.0 of [\d.]+ GB free on disk\n", out)
     assert record_of(tmp_path / "with")["distilled"] == "no room"
     assert [*record_of(tmp_path / "with")["perplexity"]] == ["SparseGPT (more text, not distilled)"]

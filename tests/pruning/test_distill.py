@@ -96,8 +96,8 @@ def test_an_effort_multiplies_the_steps_down_to_a_thousand_tokens_each(monkeypat
 
 
 def gradients(scene, monkeypatch):
-    """Let no step change a weight. Returns {matrix: [gradient of each step]}, and of each the last rate given."""
-    found, rates, update = {key: [] for key in scene.chosen}, {}, training.Training._update
+    """Let no step change a weight. Returns {matrix: [gradient of each step]}."""
+    found, update = {key: [] for key in scene.chosen}, training.Training._update
 
     def observed(running, index, layer, kept, given):
         for name, state in running.states[index].items():
@@ -105,11 +105,10 @@ def gradients(scene, monkeypatch):
                 found[key].append(type(of).gradient(of, weight).clone())
                 return torch.zeros_like(found[key][-1])
             state.gradient = gradient
-        rates.update(given or {})
         update(running, index, layer, kept, given)
 
     monkeypatch.setattr(training.Training, "_update", observed)
-    return found, rates
+    return found
 
 
 @pytest.mark.parametrize("most, way", [(VOCABULARY, WAYS[0]), (VOCABULARY // 3, WAYS[-1])])
@@ -119,7 +118,7 @@ def test_gradients_are_those_of_the_loss(name, most, way, monkeypatch):
     monkeypatch.setattr(training, "SLICE", 7)
     monkeypatch.setattr(running, "CACHED", 1)  # a row at a time
     scene = Scene(name, torch.float64)
-    found, _ = gradients(scene, monkeypatch)
+    found = gradients(scene, monkeypatch)
     mean = scene.distill(way=way)
     weights = [modules_of(scene.pruned)[key].weight.requires_grad_() for key in scene.chosen]
     with torch.enable_grad():
@@ -234,7 +233,7 @@ def test_kept_weights_learn_and_all_else_stays(name):
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)
 def test_gradients_of_scales_are_those_of_the_loss(name, scheme, monkeypatch):
     scene = Scene(name, scheme=scheme)
-    found, _ = gradients(scene, monkeypatch)
+    found = gradients(scene, monkeypatch)
     weights = {f"{path_of(scene.pruned, *key)}.weight": grid for key, grid in scene.chosen.items()}
     before = dict(scene.before[0].named_parameters())
     factors = {name: torch.full_like(grid.scale, 2.0, requires_grad=True) for name, grid in weights.items()}
@@ -379,6 +378,28 @@ def test_a_model_that_cannot_be_distilled_is_what_it_was(part, call, failure, ex
         assert torch.equal(weight, old) and not weight.requires_grad and weight.grad is None
     for key, grid in scene.chosen.items():
         assert grid is None or torch.equal(grid.scale, scene.before[1][key].scale)
+
+
+@pytest.mark.parametrize("way", [WAYS[0], WAYS[-1]], ids=str)
+def test_a_model_on_disk_is_what_it_was_when_distillation_fails(way, checkpoint_folder, tmp_path, monkeypatch):
+    scene, folder = Scene(), str(tmp_path)
+    scene.pruned.save_pretrained(folder)
+    model = load.open_model(folder, load.read_config(folder), torch.float32)
+    places = [dict(layer.disk_weights) for layer in layers_of(model)]
+    update, calls = training.Training._update, []
+
+    def failing(*given):
+        calls.append(given)
+        if len(calls) > 4:  # in the second pass
+            raise MemoryError
+        update(*given)
+
+    monkeypatch.setattr(training.Training, "_update", failing)
+    with pytest.raises(memory.OutOfMemory):
+        scene.distill(way=way, model=model)
+    calls.clear()
+    assert [layer.disk_weights for layer in layers_of(model)] == places
+    assert all(weight.is_meta and not weight.requires_grad for weight in layers_of(model).parameters())
 
 
 @pytest.mark.parametrize("T, length", [
