@@ -95,7 +95,7 @@ class Grid:
 
     def gathered(self, rows: int) -> "Grid":
         """Return the grids of all `rows` rows of a matrix; every process has those of its share."""
-        scale, zero = (distributed.all_gather_shares([share], [rows])[0] for share in (self.scale, self.zero))
+        scale, zero = distributed.all_gather_shares([self.scale, self.zero], [rows, rows])
         return replace(self, scale=scale, zero=zero)
 
     def codes(self, W: Tensor) -> Tensor:

@@ -8,12 +8,11 @@ processed is U_mm² = 1/R_mm².
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from mixgpt.common import distributed
 from mixgpt.kernels import columns
 from mixgpt.kernels.selection import smallest, smallest_in_groups
 from mixgpt.quant import Grid, Scheme
@@ -105,15 +104,16 @@ class Walk:
 
     def __init__(self, matrices: Sequence[Tensor], R: Tensor, h: Tensor, targets: Sequence[Target], *,
                  blocksize: int = 128, saliency: Callable = obs_saliency, scheme: Scheme | None = None,
-                 dtype: torch.dtype = torch.float32, row_weights: Tensor | None = None) -> None:
+                 dtype: torch.dtype = torch.float32, row_weights: Tensor | None = None,
+                 totals: Sequence[int] | None = None) -> None:
         """Prepare a walk.
 
         matrices: (out, in) each, float32 or float64; stacked and walked together. R: (in, in), upper triangular, from
         `hessian.factor`. h: (in,), diagonal of H without damping. targets: one for each matrix, all with the same
         prunem. blocksize: columns whose mask is chosen at once; each block gets an equal share of the sparsity.
         scheme: quantization of the kept weights, if any. dtype: grid values must be exact in it. row_weights: (total
-        rows,), factors of the saliencies. Groups of prunem and of grids must divide all columns, and one of them the
-        other.
+        rows,), factors of the saliencies. totals: rows of each matrix in all processes (default: those given). Groups
+        of prunem and of grids must divide all columns, and one of them the other.
         """
         self.W = torch.cat([W.t() for W in matrices], dim=1)  # (in, out)
         self.columns = len(self.W)
@@ -125,11 +125,12 @@ class Walk:
             self.factors = saliency.factor(h, self.u).masked_fill(h == 0, 0)
         stops = list(itertools.accumulate(map(len, matrices)))
         self.rows = [slice(stop - len(W), stop) for stop, W in zip(stops, matrices, strict=True)]
-        self.totals = distributed.total([len(W) for W in matrices])  # Rows of each matrix in all processes.
+        self.totals = totals or list(map(len, matrices))
         self.sparsities, self.prunem = [target.sparsity for target in targets], targets[0].prunem
         self.prunens = torch.cat([torch.full_like(W[:, 0], target.prunen, dtype=torch.int32)
                                   for W, target in zip(matrices, targets, strict=True)])
         self.zeros, self.block = [0] * len(matrices), slice(0, 0)  # The zeros before the last block, and its columns.
+        self.given = torch.stack([self.mask[:, rows].sum(1) for rows in self.rows])  # The zeros of each column.
         self.scheme, self.dtype, self.grids = scheme, dtype, []
         self.groupsize = 0 if scheme is None else self.columns if scheme.groupsize == -1 else scheme.groupsize
         # The kernel chooses n:m masks group by group, unless grids are narrower or scores need more than a factor.
@@ -171,7 +172,7 @@ class Walk:
                 done, B = slice(left - first, start - first), slice(start - first, stop - first)
                 self.W[start:stop].addmm_(U[done, B].t(), E[done], alpha=-1)
             if width == self.mask_width and not self.chosen_inside:
-                self._mark_least(self.mask[start:stop], start, stop, self._counts(start, stop))
+                self._mark_least(self.mask[start:stop], start, stop)
             if width == self.groupsize < self.columns:
                 self._choose_grid(start, stop)
             if width == self.widths[-1]:
@@ -189,22 +190,21 @@ class Walk:
         return [(W[rows], Grid(self.scheme, scale[rows].to(self.dtype), zero[rows].to(torch.uint8), group.clone()))
                 for rows in self.rows]
 
-    def _share(self, columns: int) -> list[Any]:
+    def _share(self, columns: int) -> list[int | Tensor]:
         """Return how many weights of each matrix its sparsity prunes in so many columns."""
         return [round(sparsity * (total * columns))
                 for sparsity, total in zip(self.sparsities, self.totals, strict=True)]
 
-    def _counts(self, start: int, stop: int) -> list[Any]:
-        """Return how many weights of each matrix to prune in a block of columns; tensors on a GPU, not to wait."""
+    def _counts(self, start: int, stop: int, sums: Tensor) -> list[int | Tensor]:
+        """Return how many weights of each matrix to prune in a block of columns; tensors on a GPU, not to wait.
+
+        sums: of each matrix, the zeros in the block before, those of them that were pruned, and those after this block.
+        """
         before, self.block = self.block, slice(start, stop)
         # Counts are cumulative, so that the last block meets the total, except for weights that it rounds to zero.
         counts, whole = self._share(stop), self._share(self.columns)
-        if not any(self.sparsities):
-            return counts
-        W, mask, growth = self.W[before], self.mask[before], (stop - start) / max(start - before.start, 1)
-        block = torch.stack([part[:, rows].sum() for rows in self.rows for part in (W == 0, mask, self.mask[stop:])])
-        distributed.all_reduce(block)
-        for i, (zeros, removed, later) in enumerate(block.view(-1, 3)):
+        growth = (stop - start) / max(start - before.start, 1)
+        for i, (zeros, removed, later) in enumerate(sums.view(-1, 3)):
             self.zeros[i] = self.zeros[i] + zeros
             # Weights that this block will round to 0 count as pruned but are not known yet: as many are expected per
             # column as in the block before.
@@ -214,8 +214,13 @@ class Walk:
             counts[i] = count if self.W.is_cuda else int(count)
         return counts
 
-    def _mark_least(self, mask: Tensor, start: int, stop: int, counts: Sequence[int | Tensor]) -> None:
-        """Mark in `mask` the least salient current weights of each matrix in columns start … stop − 1."""
+    def _mark_least(self, mask: Tensor, start: int, stop: int, counts: Sequence[int] | None = None) -> None:
+        """Mark in `mask` the least salient current weights of each matrix in columns start … stop − 1.
+
+        counts: how many of each matrix (default: as many as the block of columns needs).
+        """
+        if not (self.prunem or any(self.sparsities)):
+            return
         W, B = self.W[start:stop], slice(start, stop)
         if self.factors is not None:
             scores = W.square().mul_(self.factors[B, None])
@@ -229,7 +234,14 @@ class Walk:
             groups = scores.view(-1, self.prunem, scores.shape[1])
             mask |= smallest_in_groups(groups, self.prunens).view_as(mask)
             return
-        marked = smallest([scores[:, rows].reshape(-1, len(W)) for rows in self.rows], counts, self.totals)
+        matrices = [scores[:, rows].reshape(-1, len(W)) for rows in self.rows]
+        if counts:
+            marked = smallest(matrices, counts)
+        else:
+            before, pruned = self.W[self.block], self.mask[self.block]
+            marked = smallest(matrices, partial(self._counts, start, stop), torch.stack([
+                numbers.sum() for rows, given in zip(self.rows, self.given, strict=True)
+                for numbers in (before[:, rows] == 0, pruned[:, rows], given[stop:])]))
         for rows, least in zip(self.rows, marked, strict=True):
             mask[:, rows] |= least.view(len(W), -1)  # In the order in memory, nothing is copied.
 

@@ -113,10 +113,24 @@ def selected_of_all():
     scores, results = torch.randint(-1, 4, (7, 12), generator=torch.Generator().manual_seed(1)).float(), {}
     ours = scores[distributed.share(7)]
     for k in (0, 1, 20, 40, 83, 84):
-        mask, = distributed.all_gather_shares(selection.smallest([ours], [k], [7]), [7])
+        mask, = distributed.all_gather_shares(selection.smallest([ours], [k]), [7])
         results["scores", k] = scores, mask
     magnitudes, = distributed.all_gather_shares([magnitude_prune(ours, Target(0.4))], [7])
     return results | {("magnitude", 34): (scores.abs(), magnitudes == 0)}
+
+
+def exchanged():
+    """Return objects from all processes, one of them large, and how many exchanges a matrix of 3 blocks takes."""
+    objects, counts = distributed.all_gather_object("." * 3000 * distributed.rank()), []
+    X, W = torch.randn(2, 64, 48, generator=torch.Generator().manual_seed(4))
+    for solver, target in ((walk, Target(0.5)), (walk, Target(0.5, 2, 4)), (admm, Target(0.5))):
+        with mock.patch.object(distributed, "_wait", wraps=distributed._wait) as wait:
+            hessian = InputHessian(48, 1, CPU)
+            hessian.add_batch(X)
+            hessian.factor(0.01)
+            prune_in_place(hessian, [W.clone()], [target], Recipe(solver, 16))
+        counts.append(wait.call_count)
+    return objects, counts
 
 
 def run(rank, world, port, file, make):

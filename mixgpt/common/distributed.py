@@ -2,7 +2,9 @@
 
 import atexit
 import contextlib
+import math
 import os
+import pickle
 import sys
 import time
 from collections.abc import Generator, Sequence
@@ -19,6 +21,7 @@ from mixgpt.common.program import rank, world
 START = 24 * 3600  # seconds for which processes wait for the last one to download, convert and read what it needs
 PATIENCE = 600  # seconds for which they then wait while none shows that it works; if one dies, they end at once
 UNANSWERED = "another process does not answer"
+SMALL = 1024  # objects of so many bytes take one exchange
 _hosts = None  # the process group for objects, numbers and tensors on the host; None: the default group
 _store = None  # through which the processes meet, behind one more prefix each time, as it keeps earlier addresses
 _patience, _shown = START, 0.0  # in force now; when this process last showed that it works
@@ -90,28 +93,33 @@ def _wait(work: "dist.Work | None") -> bool | None:
             raise RuntimeError(UNANSWERED)
 
 
-def all_reduce(tensor: torch.Tensor) -> None:
-    """Sum a tensor over all processes, in place."""
+def all_reduce(*tensors: torch.Tensor) -> None:
+    """Sum tensors of one dtype over all processes, in place, in one exchange."""
     if world() > 1:
-        _wait(dist.all_reduce(tensor, group=None if tensor.is_cuda else _hosts, async_op=not tensor.is_cuda))
+        sums = torch.cat([tensor.flatten() for tensor in tensors])
+        _wait(dist.all_reduce(sums, group=None if sums.is_cuda else _hosts, async_op=not sums.is_cuda))
+        for tensor, of_all in zip(tensors, sums.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(of_all.view_as(tensor))
 
 
 def all_gather_parts(parts: Sequence[torch.Tensor], sizes: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-    """Return tensors (n, ...), alike but for n, each joined in rank order, in one exchange. sizes[rank]: their n."""
+    """Return tensors (n, ...), each joined in rank order, in one exchange. sizes[rank]: the n of each."""
     if world() == 1:
         return list(parts)
-    own = torch.cat(list(parts))
-    own = torch.cat([own, own.new_zeros(max(map(sum, sizes)) - len(own), *own.shape[1:])])
+    # as bytes, as dtypes differ and gloo does not support every one
+    own = torch.cat([part.contiguous().flatten().view(torch.uint8) for part in parts])
+    widths = [math.prod(part.shape[1:]) * part.itemsize for part in parts]
+    ends = [[n * width for n, width in zip(of_rank, widths, strict=True)] for of_rank in sizes]
+    own = torch.cat([own, own.new_empty(max(map(sum, ends)) - len(own))])
     together = [torch.empty_like(own) for _ in range(world())]
-    # as bytes, as gloo does not support every dtype
-    _wait(dist.all_gather([part.view(torch.uint8) for part in together], own.view(torch.uint8),
-                          group=None if own.is_cuda else _hosts, async_op=not own.is_cuda))
-    split = [tensor[:sum(of_rank)].split(list(of_rank)) for tensor, of_rank in zip(together, sizes, strict=True)]
-    return [torch.cat(of_all) for of_all in zip(*split, strict=True)]
+    _wait(dist.all_gather(together, own, group=None if own.is_cuda else _hosts, async_op=not own.is_cuda))
+    split = [tensor[:sum(of_rank)].split(of_rank) for tensor, of_rank in zip(together, ends, strict=True)]
+    return [torch.cat(of_all).view(part.dtype).view(-1, *part.shape[1:])
+            for part, of_all in zip(parts, zip(*split, strict=True), strict=True)]
 
 
 def all_gather_shares(parts: Sequence[torch.Tensor], counts: Sequence[int]) -> list[torch.Tensor]:
-    """Return matrices with all of their rows, `counts`, of which every process passes its `share`."""
+    """Return tensors with all of their rows, `counts`, of which every process passes its `share`, in one exchange."""
     return all_gather_parts(parts, [[len(range(count)[share(count, number)]) for count in counts]
                                     for number in range(world())])
 
@@ -120,15 +128,19 @@ def all_gather_object(value: Any) -> list[Any]:
     """Return the values passed by all processes, in rank order."""
     if world() == 1:
         return [value]
-    barrier()  # which can be waited for with patience
-    values = [None] * world()
-    dist.all_gather_object(values, value, group=_hosts)
-    return values
+    own = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+    start = torch.cat([own[:SMALL], own.new_zeros(max(SMALL - len(own), 0))])
+    sizes, parts = all_gather_shares([torch.tensor([len(own)]), start[None]], [world()] * 2)
+    if sizes.max() > SMALL:
+        parts = all_gather_parts([own], [[size] for size in sizes.tolist()])[0].split(sizes.tolist())
+    return [pickle.loads(part.numpy()) for part in parts]
 
 
 def total(counts: Sequence[int]) -> list[int]:
     """Return the sums over all processes of a list of integers, computed on the hosts."""
-    return [sum(each) for each in zip(*all_gather_object(counts), strict=True)]
+    sums = torch.tensor(counts)
+    all_reduce(sums)
+    return sums.tolist()
 
 
 def broadcast_object(value: Any) -> Any:

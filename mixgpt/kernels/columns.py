@@ -4,25 +4,15 @@ import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
-import numba
 import numpy as np
 import torch
 from torch import Tensor
 
 from mixgpt.common.errors import one_line
-from mixgpt.kernels.selection import smallest_in_groups
+from mixgpt.kernels.selection import compiled, smallest_in_groups
 
 TILE = 64  # Rows of W that are walked together.
 Choice = tuple[int, Tensor, Tensor] | None  # As `walk_columns` takes it.
-
-
-def compiled(function: Callable) -> Callable:
-    """Let numba compile a function when it is called, and keep the code on disk if there is a place for that."""
-    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
-    try:
-        return numba.njit(cache=True, **options)(function)
-    except RuntimeError:  # Neither the function's folder nor the user's cache can be written.
-        return numba.njit(**options)(function)
 
 
 class UniformGrid(NamedTuple):

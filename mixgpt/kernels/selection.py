@@ -1,8 +1,9 @@
 """Select the smallest scores of groups, and of matrices whose rows several processes share."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
+import numba
 import numpy as np
 import torch
 from torch import Tensor
@@ -10,6 +11,16 @@ from torch import Tensor
 from mixgpt.common import distributed
 
 NARROW = 64  # Up to so many scores per group, pairwise comparison is as fast as sorting, or faster.
+DIGIT = 16  # Scores are counted by so many of their bits at a time.
+
+
+def compiled(function: Callable) -> Callable:
+    """Let numba compile a function when it is called, and keep the code on disk if there is a place for that."""
+    options = {"nogil": True, "error_model": "numpy", "fastmath": {"contract"}}
+    try:
+        return numba.njit(cache=True, **options)(function)
+    except RuntimeError:  # Neither the function's folder nor the user's cache can be written.
+        return numba.njit(**options)(function)
 
 
 def smallest_in_groups(scores: Tensor, n: int | Tensor) -> Tensor:
@@ -35,23 +46,58 @@ def kth_smallest(values: Tensor, k: int) -> Tensor:
     return torch.from_numpy(np.partition(values.numpy(), k - 1))[k - 1]  # kthvalue takes ten times as long.
 
 
-def smallest(scores: Sequence[Tensor], ks: Sequence[int | Tensor], totals: Sequence[int]) -> list[Tensor]:
+def smallest(scores: Sequence[Tensor], ks: Sequence[int | Tensor] | Callable[[Tensor], Sequence[int | Tensor]],
+             own: Tensor | None = None) -> list[Tensor]:
     """Mark exactly the k smallest scores of each of several matrices, even with ties. Returns boolean masks.
 
-    scores: matrices (rows, in); with several processes, each passes its share of the `totals` rows. ks: ints, or
-    tensors on the scores' device, which spare the host a synchronization.
+    scores: matrices (rows, in), float32 or float64, all below 0 alike; with several processes, each passes its share of
+    the rows. ks: ints, or tensors on the scores' device, which spare the host a synchronization; or a function that
+    returns them, given the sums of `own` (n,), integers, over all processes. A radix select: floats from 0 on sort like
+    their bits. Exchanged are how many scores have which upper bits, then which lower bits those in question have.
     """
-    masks = []
-    for whole, k, total in zip(distributed.all_gather_shares(scores, totals), ks, totals, strict=True):
-        values = whole.flatten()
-        mask = torch.zeros_like(values, dtype=torch.bool)
-        if values.is_cuda:  # Sorting does not make the host wait for the GPU.
-            order = values.argsort(stable=True)
-            mask.scatter_(0, order, torch.arange(len(values), device=values.device) < k)
-        elif k:
-            value = kth_smallest(values, int(k))
-            mask, like, missing = values <= value, values == value, k - (values < value).sum()
-            if like.sum() > missing:
-                mask &= ~like | (like.cumsum(0) <= missing)
-        masks.append(mask.view(whole.shape)[distributed.share(total)])
+    bits, device = 8 * scores[0].itemsize, scores[0].device
+    keys = [part.flatten().view(torch.int32 if bits == 32 else torch.int64).clamp_min(-1).add_(1) for part in scores]
+    own = torch.empty(0, dtype=torch.int32, device=device) if own is None else own.int()
+    thresholds = missing = torch.zeros(len(keys), 1, dtype=torch.int64, device=device)
+    for before, shift in itertools.pairwise([bits - 1, *range(bits - 1 - DIGIT, 0, -DIGIT), 0]):  # The sign bit is 0.
+        counts = torch.stack([_count(part, before - shift, shift, begin)
+                              for part, begin in zip(keys, thresholds, strict=True)])
+        if shift:
+            distributed.all_reduce(own, counts)
+        else:
+            each, = distributed.all_gather_shares([counts[None]], [distributed.world()])
+            counts = each.sum(0)
+        if before == bits - 1:
+            ks, own = ks(own) if callable(ks) else ks, own[:0]
+            missing = torch.stack([k if torch.is_tensor(k) else torch.full((), k, device=device) for k in ks])[:, None]
+        sums = counts.cumsum(1)
+        digits = torch.searchsorted(sums, missing)
+        missing = missing - sums.gather(1, digits) + counts.gather(1, digits)
+        thresholds = thresholds << before - shift | digits
+    # Of equal scores, a process takes those that the processes before it leave.
+    missing, masks = missing - each[:distributed.rank()].sum(0).gather(1, digits), []
+    for part, key, threshold, left in zip(scores, keys, thresholds, missing, strict=True):
+        mask, like = key < threshold, key == threshold
+        if like.is_cuda or like.sum() > left:  # The host does not wait for a GPU.
+            like &= like.cumsum(0) <= left
+        masks.append((mask | like).view(part.shape))
     return masks
+
+
+def _count(keys: Tensor, bits: int, shift: int, begin: Tensor) -> Tensor:
+    """Count how often `bits` bits above the lowest `shift` have each value, in keys where those above are `begin`."""
+    counts = torch.zeros(1 << bits, dtype=torch.int32, device=keys.device)
+    if not keys.is_cuda:
+        _count_compiled(keys.numpy(), shift, int(begin), counts.numpy())
+        return counts
+    digits = keys >> shift & len(counts) - 1
+    return counts.scatter_add_(0, digits.long(), (keys >> shift + bits == begin).int())
+
+
+@compiled
+def _count_compiled(keys: np.ndarray, shift: int, begin: int, counts: np.ndarray) -> None:
+    """Do the same on the host."""
+    for key in keys:
+        digit = (key >> shift) - begin * len(counts)
+        if 0 <= digit < len(counts):
+            counts[digit] += 1

@@ -4,6 +4,7 @@ Notation: W (out, in), W* the optimum, H (in, in) positive definite; a row w cos
 here but `admm_pruner` expect columns scaled so that H has a unit diagonal: W √diag(H).
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -32,12 +33,14 @@ def prune_masks(scores: Sequence[Tensor], targets: Sequence[Target], totals: Seq
     """
     columns, prunem = scores[0].shape[1], targets[0].prunem
     if fraction is not None and not prunem:
-        samples = []
+        samples, sizes = [], []
         for part, total in zip(scores, totals, strict=True):  # The sample is the same in any number of processes.
             step = total * columns // SAMPLE | 1  # An even step would take few columns only.
-            first = distributed.share(total).start * columns
+            first, *starts = [distributed.share(total, rank).start * columns
+                              for rank in (distributed.rank(), *range(distributed.world() + 1))]
             samples.append(part.flatten()[-first % step::step])
-        samples = distributed.all_gather_parts(samples, distributed.all_gather_object(list(map(len, samples))))
+            sizes.append([-(-end // step) - -(-start // step) for start, end in itertools.pairwise(starts)])
+        samples = distributed.all_gather_parts(samples, list(zip(*sizes, strict=True)))
         return [part <= kth_smallest(sample, max(round(fraction * target.sparsity * len(sample)), 1))
                 for part, sample, target in zip(scores, samples, targets, strict=True)]
     if prunem:
@@ -46,16 +49,17 @@ def prune_masks(scores: Sequence[Tensor], targets: Sequence[Target], totals: Seq
                  for part, target in zip(scores, targets, strict=True)]
     else:
         masks = smallest(scores, [round(target.sparsity * (total * columns))
-                                  for target, total in zip(targets, totals, strict=True)], totals)
+                                  for target, total in zip(targets, totals, strict=True)])
     return [mask | (part < 0) for mask, part in zip(masks, scores, strict=True)]
 
 
 def admm_scores(W: Tensor, H: Tensor, counts: list[int], targets: Sequence[Target],
-                row_weights: Tensor | None = None) -> tuple[Tensor, Tensor]:
+                row_weights: Tensor | None = None, totals: Sequence[int] | None = None) -> tuple[Tensor, Tensor]:
     """Score weights by the alternating direction method of multipliers; the largest scores are to be kept.
 
     W: (out, in), the optima of stacked matrices, which have `counts` rows; zeros go first. row_weights: (out,), above
-    0; they affect only the ranking, as rows are independent. Also returns the values that weights have reached.
+    0; they affect only the ranking, as rows are independent. totals: `counts` in all processes, if there are several.
+    Also returns the values that weights have reached.
     With Z the sparse copy of the weights and V the scaled multipliers, each iteration sets (ρ = 1)
     W ← (H + ρI)⁻¹ (H W* + ρ (Z − V)), Z ← the largest weights of W + V, V ← W + V − Z, while the sparsity rises as
     1 − (1 − t/RAMP)³. Boža, arXiv 2401.02938, on normalised columns; ALPS, arXiv 2406.07831.
@@ -66,11 +70,11 @@ def admm_scores(W: Tensor, H: Tensor, counts: list[int], targets: Sequence[Targe
     gone = W == 0
     roots = 1 if row_weights is None else row_weights.sqrt()[:, None]
     S = W.clone()  # W + V
-    scores, Z, totals = torch.empty_like(S), torch.empty_like(S), distributed.total(counts)
+    scores, Z = torch.empty_like(S), torch.empty_like(S)
     for t in range(1, ITERATIONS + 1):
         torch.abs(S, out=scores).mul_(roots).masked_fill_(gone, -1)
         if t < ITERATIONS:
-            masks = prune_masks(scores.split(counts), targets, totals, 1 - (1 - min(t / RAMP, 1)) ** 3)
+            masks = prune_masks(scores.split(counts), targets, totals or counts, 1 - (1 - min(t / RAMP, 1)) ** 3)
             torch.logical_not(torch.cat(masks), out=Z).mul_(S)  # On a CPU, masked_fill takes many times as long.
             S.add_(W)
             change = multiply(torch.add(Z, S, alpha=-0.5, out=scores))  # (H + ρI)⁻¹ H = I − ρ (H + ρI)⁻¹
@@ -102,21 +106,22 @@ def _quotient(a: Tensor, b: Tensor) -> Tensor:
 
 
 def admm_pruner(matrices: list[Tensor], H: Tensor, targets: Sequence[Target], row_weights: Tensor | None = None,
-                dead: Tensor | None = None) -> Callable[[Sequence[Target]], Sequence[Tensor]]:
+                dead: Tensor | None = None, totals: Sequence[int] | None = None
+                ) -> Callable[[Sequence[Target]], Sequence[Tensor]]:
     """Rank the weights of matrices that read the same input by ADMM; return a function that prunes to given targets.
 
     matrices: their optima (out, in); zeros stay zero. H: (in, in), damped; overwritten. row_weights: (total rows,).
-    dead: (in,), marks columns without input, whose weights go first.
+    dead: (in,), marks columns without input, whose weights go first. totals: rows of each matrix in all processes.
     """
     scale = H.diagonal().sqrt()
     H = H.div_(scale).div_(scale[:, None])
     scale = scale if dead is None else scale * torch.where(dead, FAINT, 1.0)
     W = torch.cat(matrices) * scale
     counts = [len(matrix) for matrix in matrices]
-    scores, reached = admm_scores(W, H, counts, targets, row_weights)
+    scores, reached = admm_scores(W, H, counts, targets, row_weights, totals)
 
     def prune(targets: Sequence[Target]) -> Sequence[Tensor]:
-        pruned = torch.cat(prune_masks(scores.split(counts), targets, distributed.total(counts)))
+        pruned = torch.cat(prune_masks(scores.split(counts), targets, totals or counts))
         return (solve_on_support(reached, W, H, ~pruned) / scale).masked_fill_(pruned, 0).split(counts)
 
     return prune

@@ -71,14 +71,18 @@ class LayerHessians:
         """
         module = self.modules[name]
         hessian = self.hessians.pop(module)
-        H = hessian.H  # Reading H makes `tokens` those of all processes.
-        if isinstance(module, RoutedLinear) and (missing := hessian.columns - hessian.tokens) > 0:
-            if pool := self.pools.get(module):  # All tokens have entered the experts before the first one is pruned.
-                H.add_(pool.H, alpha=missing / pool.tokens)
+        if not isinstance(module, RoutedLinear):
+            return hessian
+        pool = self.pools.get(module)  # All tokens have entered the experts before the first one is pruned.
+        tokens, pooled = distributed.total([hessian.tokens, pool.tokens if pool else 0])
+        if (missing := hessian.columns - tokens) > 0:
+            H = hessian.H
+            if pool:
+                H.add_(pool.H, alpha=missing / pooled)
             else:
-                mean = H.diagonal().mean() / max(hessian.tokens, 1)
+                mean = H.diagonal().mean() / max(tokens, 1)
                 H.diagonal().add_(missing * torch.where(mean > 0, mean, 1.0))
-            self.undersampled.append(f"{name} ({hessian.tokens})")
+            self.undersampled.append(f"{name} ({tokens})")
         return hessian
 
 

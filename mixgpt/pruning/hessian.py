@@ -29,7 +29,7 @@ class InputHessian:
         width = max(STRIP if self.device.type == "cuda" else 192, columns // 8)
         self._blocks = [slice(start, min(start + width, columns)) for start in range(0, columns, width)]
         self._products = {}  # Sums over tokens: Xᵀ X on and above the diagonal, and each gap times X.
-        self.tokens = 0  # Tokens added by this process; by all processes once H has been read.
+        self.tokens = 0  # Tokens added by this process.
         self.sequence_sums = []  # Per batch, (B,): the sum of each sequence's input, to find those not finite.
 
     def add_batch(self, X: Tensor, input_gap: Tensor | None = None, output_gap: Tensor | None = None,
@@ -61,10 +61,9 @@ class InputHessian:
     @functools.cached_property
     def H(self) -> Tensor:
         """The complete Hessian (in, in) over all processes, undamped. No batch can be added once it has been read."""
-        for total in self._products.values():
-            distributed.all_reduce(total)
-        self.tokens, = distributed.total([self.tokens])
-        H = self._products["input"].mul_(self._scale).triu_()
+        H, *moments = self._products.values()
+        distributed.all_reduce(*(H[:B.stop, B] for B in self._blocks), *moments)
+        H.mul_(self._scale).triu_()
         return H.add_(H.triu(1).t())
 
     def factor(self, percdamp: float, order: Tensor | None = None) -> float:

@@ -63,11 +63,10 @@ def _rotate(v: nn.Linear, o: nn.Linear, rows: Tensor, targets: tuple[Target, Tar
         h += x_v.double().square().sum(0)
         C += torch.einsum("nkgd,nkge->kgde", heads, heads)
         before.append(x_o)
-    distributed.all_reduce(h)
-    distributed.all_reduce(C)
+    distributed.all_reduce(h, C)
     W_v, W_o = wide(v.weight[rows]), wide(o.weight).unflatten(1, (k, -1, d))
     Q = best_rotation(W_v, W_o, h.to(W_v.dtype), C.to(W_v.dtype), targets)
-    Q = distributed.broadcast_object(Q.cpu()).to(h.device)  # Processes may differ in the last digits.
+    Q = distributed.all_gather_shares([Q[None]], [distributed.world()])[0][0]  # They may differ in the last digits.
     unrotated = {weight: weight.clone() for weight in (*v.parameters(), o.weight)}
     for weight in v.parameters():
         weight[rows] = (Q.mT @ wide(weight[rows]).view(k, d, -1)).view_as(weight[rows]).to(dtype).to(weight.dtype)

@@ -29,6 +29,7 @@ class Problem:
     hessian: InputHessian  # Factored.
     optima: list[Tensor]  # W* (out, in) of each matrix, float32: the unconstrained optimum.
     targets: list[Target]  # The target of each matrix.
+    totals: list[int]  # The rows of each matrix in all processes.
     recipe: "Recipe"
     dtype: torch.dtype  # The dtype of the final weights.
     row_weights: Tensor | None = None  # (total rows,), the weight of each row's error.
@@ -39,7 +40,7 @@ def walk(problem: Problem) -> Result:
     recipe, targets = problem.recipe, problem.targets
     results = Walk(problem.optima, problem.hessian.R, problem.hessian.h, targets, blocksize=recipe.blocksize,
                    saliency=recipe.saliency, scheme=recipe.scheme, dtype=problem.dtype,
-                   row_weights=problem.row_weights).run()
+                   row_weights=problem.row_weights, totals=problem.totals).run()
     counts = any(target.sparsity for target in targets) and not targets[0].prunem
     return _filled_up(problem, results) if recipe.scheme and counts else results
 
@@ -50,7 +51,7 @@ def _filled_up(problem: Problem, results: Result) -> Result:
     scores = W.square() * problem.hessian.h
     if problem.row_weights is not None:
         scores *= problem.row_weights[:, None]
-    masks = prune_masks(scores.masked_fill_(W == 0, -1).split(counts), problem.targets, distributed.total(counts))
+    masks = prune_masks(scores.masked_fill_(W == 0, -1).split(counts), problem.targets, problem.totals)
     return [(W.masked_fill(mask, 0), grid) for (W, grid), mask in zip(results, masks, strict=True)]
 
 
@@ -62,7 +63,8 @@ def admm(problem: Problem) -> Result:
     """
     later, sparsities = problem.recipe.later, [target.sparsity for target in problem.targets]
     hessian = problem.hessian
-    prune = admm_pruner(problem.optima, hessian.damped, problem.targets, problem.row_weights, hessian.h == 0)
+    prune = admm_pruner(problem.optima, hessian.damped, problem.targets, problem.row_weights, hessian.h == 0,
+                        problem.totals)
 
     def attempt(sparsities: Sequence[float]) -> list[tuple]:
         pruned = prune([replace(target, sparsity=sparsity)
@@ -117,15 +119,15 @@ def prune_in_place(hessian: InputHessian, weights: list[Tensor], targets: list[T
         row_weights.clamp_(min=torch.finfo(row_weights.dtype).tiny ** 0.5)
     whole = torch.linalg.vecdot(W @ hessian.H, W)  # ‖w X‖² of every row w
     optima = list(hessian.optimum(W).split(counts))
-    pruned = recipe.solver(Problem(hessian, optima, targets, recipe, dtype, row_weights))
+    pruned = recipe.solver(Problem(hessian, optima, targets, sizes, recipe, dtype, row_weights))
     W_hat = torch.cat([matrix for matrix, _ in pruned])[:, hessian.inverse_order].to(dtype)
     W.sub_(W_hat)
     lost = torch.linalg.vecdot(W @ hessian.H, W)
     sums = torch.stack([rows.sum() for forms in (lost, whole) for rows in forms.split(counts)]).double()
-    distributed.all_reduce(sums)
-    lost, whole = sums.chunk(2)
+    *matrices, sums = distributed.all_gather_shares([*W_hat.split(counts), sums[None]], [*sizes, distributed.world()])
+    lost, whole = sums.sum(0).chunk(2)
     errors = torch.where(whole == 0, 0.0, lost.clamp_min(0) / whole)
-    for weight, new in zip(weights, distributed.all_gather_shares(W_hat.split(counts), sizes), strict=True):
+    for weight, new in zip(weights, matrices, strict=True):
         weight.copy_(new)
     return [(error, grid and replace(grid.gathered(rows), group=grid.group[hessian.inverse_order]))
             for error, rows, (_, grid) in zip(errors, sizes, pruned, strict=True)]

@@ -24,7 +24,7 @@ from mixgpt.checkpoints import load
 from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import memory, runtime
 from mixgpt.common.choices import RECORD
-from mixgpt.kernels import columns
+from mixgpt.kernels import columns, selection
 from mixgpt.modeling import running
 from mixgpt.pruning import distill, needs, training
 from mixgpt.sparsegpt import Walk
@@ -68,6 +68,7 @@ def gpu(request, monkeypatch, tmp_path_factory):
     if request.param:
         return contextlib.nullcontext
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
+    monkeypatch.setattr(selection, "DIGIT", 8)  # else numbers of scores take more memory than so small a model
     return Gpu
 
 

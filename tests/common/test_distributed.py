@@ -15,6 +15,7 @@ from conftest import ROOT, as_rank, assert_same_weights, free_port, record_of, r
 from torch.distributed import TCPStore
 
 from mixgpt.common import distributed
+from mixgpt.pruning.admm import ITERATIONS
 
 ARGUMENTS = ["builtin", "--seqlen", "32", "--nsamples", "7", "--sparsity", ".5", "--eval", "--device", "cpu"]
 MIXED = ["--sparsity-way", "weight-level", "--sensitivity", "fisher"]
@@ -68,6 +69,12 @@ def test_processes_select_the_smallest_of_all_scores(in_processes):
         for (name, k), (scores, mask) in results.items():
             assert mask.sum() == k, (name, k)
             assert sorted(scores[mask].tolist())[:k] == sorted(scores.flatten().tolist())[:k], (name, k)
+
+
+def test_a_hessian_its_blocks_and_its_weights_take_few_exchanges(in_processes):
+    expected = ["", "." * 3000], [1 + 3 * 2 + 1, 2, 1 + (ITERATIONS - 1) + 2 + 1]
+    alone, together = in_processes(ranks.exchanged, 2)
+    assert together == [expected] * 2 and alone == ([""], [0] * 3)
 
 
 def test_processes_give_what_one_gives_and_all_the_same(in_processes):

@@ -25,9 +25,9 @@ def test_a_gpu_marks_the_first_of_equal_scores_and_takes_counts_that_lie_on_it()
     with makebelieve.Gpu() as gpu:
         on_gpu, counts = scores.to("cuda:0"), [torch.tensor(k, device="cuda:0") for k in (4, -1)]
         before = gpu.synchronisations.copy()
-        masks = smallest([on_gpu] * 3, [4, *counts], [2] * 3)
+        masks = smallest([on_gpu] * 3, [4, *counts])
         assert gpu.synchronisations == before
         first, second, none = (mask.cpu() for mask in masks)
-    expected, = smallest([scores], [4], [2])
+    expected, = smallest([scores], [4])
     assert torch.equal(first, expected) and torch.equal(second, expected) and not none.any()
     assert expected.tolist() == [[False, True, True, True], [False, True, False, False]]

@@ -69,7 +69,7 @@ def test_the_least_salient_weights_fill_up(monkeypatch):
     h[3], W[:, 5] = 0, 0  # an input that is always zero, and weights that are
     monkeypatch.setattr(solvers, "walk", lambda problem: [(W, None)])
     for sparsity, count, row_weights in ((0.5, 20, None), (0.5, 20, weights), (0.1, 0, None)):  # more are zero than 0.1
-        problem = Problem(SimpleNamespace(h=h), [W], [Target(sparsity)], Recipe(), W.dtype, row_weights)
+        problem = Problem(SimpleNamespace(h=h), [W], [Target(sparsity)], [len(W)], Recipe(), W.dtype, row_weights)
         scores = W.square() * h * (1 if row_weights is None else weights[:, None])
         threshold = scores.flatten().sort().values[count - 1] if count else -1
         assert torch.equal(solvers.quantize(problem)[0][0], torch.where(scores <= threshold, 0, W))
