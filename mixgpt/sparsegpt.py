@@ -214,7 +214,7 @@ class Walk:
             counts[i] = count if self.W.is_cuda else int(count)
         return counts
 
-    def _mark_least(self, mask: Tensor, start: int, stop: int, counts: Sequence[int] | None = None) -> None:
+    def _mark_least(self, mask: Tensor, start: int, stop: int, counts: Sequence[int | Tensor] | None = None) -> None:
         """Mark in `mask` the least salient current weights of each matrix in columns start … stop − 1.
 
         counts: how many of each matrix (default: as many as the block of columns needs).

@@ -11,7 +11,7 @@ from torch import Tensor
 from mixgpt.common import distributed
 
 NARROW = 64  # Up to so many scores per group, pairwise comparison is as fast as sorting, or faster.
-DIGIT = 16  # Scores are counted by so many of their bits at a time.
+DIGIT = 12  # So many bits of scores are counted at a time: more would make more counts than a small matrix has scores.
 
 
 def compiled(function: Callable) -> Callable:
@@ -68,19 +68,23 @@ def smallest(scores: Sequence[Tensor], ks: Sequence[int | Tensor] | Callable[[Te
             each, = distributed.all_gather_shares([counts[None]], [distributed.world()])
             counts = each.sum(0)
         if before == bits - 1:
-            ks, own = ks(own) if callable(ks) else ks, own[:0]
-            missing = torch.stack([k if torch.is_tensor(k) else torch.full((), k, device=device) for k in ks])[:, None]
+            each_k, own = ks(own) if callable(ks) else ks, own[:0]
+            missing = torch.stack([k if torch.is_tensor(k) else torch.full((), k, device=device)
+                                   for k in each_k])[:, None]
         sums = counts.cumsum(1)
         digits = torch.searchsorted(sums, missing)
         missing = missing - sums.gather(1, digits) + counts.gather(1, digits)
         thresholds = thresholds << before - shift | digits
     # Of equal scores, a process takes those that the processes before it leave.
     missing, masks = missing - each[:distributed.rank()].sum(0).gather(1, digits), []
-    for part, key, threshold, left in zip(scores, keys, thresholds, missing, strict=True):
-        mask, like = key < threshold, key == threshold
-        if like.is_cuda or like.sum() > left:  # The host does not wait for a GPU.
-            like &= like.cumsum(0) <= left
-        masks.append((mask | like).view(part.shape))
+    equal = each[distributed.rank()].gather(1, digits)
+    thresholds = thresholds.to(keys[0].dtype)
+    for part, key, threshold, left, count in zip(scores, keys, thresholds, missing, equal, strict=True):
+        mask = key <= threshold
+        if mask.is_cuda or count > left:  # The host does not wait for a GPU.
+            like = key == threshold
+            mask &= ~like | (like.cumsum(0) <= left)
+        masks.append(mask.view(part.shape))
     return masks
 
 

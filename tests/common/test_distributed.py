@@ -72,7 +72,7 @@ def test_processes_select_the_smallest_of_all_scores(in_processes):
 
 
 def test_a_hessian_its_blocks_and_its_weights_take_few_exchanges(in_processes):
-    expected = ["", "." * 3000], [1 + 3 * 2 + 1, 2, 1 + (ITERATIONS - 1) + 2 + 1]
+    expected = ["", "." * 3000], [1 + 3 * 3 + 1, 2, 1 + (ITERATIONS - 1) + 3 + 1]
     alone, together = in_processes(ranks.exchanged, 2)
     assert together == [expected] * 2 and alone == ([""], [0] * 3)
 
