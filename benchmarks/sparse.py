@@ -37,11 +37,7 @@ def pack(shape, sparsity, wbits, device):
         W, grid = quantize_nearest(W, Scheme(wbits, sym=True))  # which sets a fifth to 0
     W[torch.rand(shape) < 1 - (1 - sparsity) / (W != 0).float().mean()] = 0
     parts, description = encode(W, grid)
-    packed = PackedWeight(description)
-    for name, part in parts.items():
-        setattr(packed, name, part)
-    packed.prepare()
-    return W.to(device), packed.to(device)
+    return W.to(device), PackedWeight.of(parts, description).to(device)
 
 
 def seconds(function, device):

@@ -9,7 +9,7 @@ LAYERS = [  # from the top
     ("opt", "llama", "bloom", "baichuan", "generate", "results", "sparsegpt", "quant", "datautils", "modelutils",
      "mixgpt.__main__"),
     ("mixgpt.app",),
-    ("mixgpt.evaluation",),
+    ("mixgpt.evaluation", "mixgpt.integrations"),
     ("mixgpt.allocation", "mixgpt.checkpoints"),
     ("mixgpt.pruning",),
     ("mixgpt.sparsegpt", "mixgpt.datautils"),

@@ -3,7 +3,7 @@
 import functools
 import math
 import threading
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ from mixgpt.kernels.columns import triton_obstacle
 
 BLOCK = 512  # An offset stands for so many columns.
 DTYPES = {"mask": torch.uint8, "codes": torch.uint8, "zero": torch.uint8, "group": torch.int32}  # Parts have these.
-FEW = 8  # At most so many tokens are multiplied without expanding the matrix.
+MOST = sparse_cpu.TILES * sparse_cpu.TILE  # More tokens are multiplied by the expanded matrix.
+FEW = 8  # Without matrix units, more than these are.
 _scratch = threading.local()
 
 
@@ -36,6 +37,15 @@ class PackedWeight(nn.Module):
         for part in description["parts"]:
             self.register_buffer(part, torch.empty(0, dtype=DTYPES.get(part, dtype)))
         self.register_load_state_dict_post_hook(PackedWeight.prepare)
+
+    @classmethod
+    def of(cls, parts: dict[str, Tensor], description: dict[str, Any]) -> Self:
+        """Return the matrix that `packing.encode` has encoded with a mask, ready for products."""
+        weight = cls(description)
+        for name, part in parts.items():
+            setattr(weight, name, part)
+        weight.prepare()
+        return weight
 
     def prepare(self, _: Any = None) -> None:
         """Check the loaded parts, and add what products need. Raises ValueError if the parts do not fit each other."""
@@ -78,15 +88,30 @@ class PackedWeight(nn.Module):
         """Return x Wᵀ + bias: for few tokens from the packed form if there is a kernel, else as the dense matrix."""
         rows, columns = self.shape
         tokens, differentiated = x.numel() // columns, x.requires_grad and torch.is_grad_enabled()
-        kind, dtype = self.kind(x.device), x.dtype
-        if not kind or not 0 < tokens <= FEW or differentiated:
+        dtype, kernel = x.dtype, None if differentiated else self._kernel(x, tokens)
+        if kernel is None:
             return linear(x, self.expand(None if differentiated else self._room()).to(dtype), bias)
-        narrow = x.is_cuda or dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(kind)
-        written = dtype if x.is_cuda and bias is None else torch.float32
-        y = torch.empty(*x.shape[:-1], rows, dtype=written, device=x.device)
-        kernel = sparse_cpu.Kernel(kind, self.dtype, self.wbits, tokens, narrow)
-        self._run(kernel, sparse_cpu.arrange((x if narrow else x.float()).contiguous(), kernel), y)
+        arranged = sparse_cpu.arrange((x if kernel.bfloat16 else x.float()).contiguous(), kernel)
+        if kernel.tiles:
+            y = torch.empty(-(-rows // sparse_cpu.TILE) * sparse_cpu.TILE, kernel.tiles * sparse_cpu.TILE)
+            self._run(kernel, arranged, y)
+            y = y[:rows, :tokens].t().reshape(*x.shape[:-1], rows)
+        else:
+            written = dtype if x.is_cuda and bias is None else torch.float32
+            y = torch.empty(*x.shape[:-1], rows, dtype=written, device=x.device)
+            self._run(kernel, arranged, y)
         return (y if bias is None else y.add_(bias)).to(dtype)
+
+    def _kernel(self, x: Tensor, tokens: int) -> sparse_cpu.Kernel | None:
+        """Return the kernel that multiplies x, of so many tokens, by the packed form, None if there is none."""
+        kind = self.kind(x.device)
+        if not kind or not 0 < tokens <= MOST:
+            return None
+        narrow = x.is_cuda or x.dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(kind)
+        kernel = sparse_cpu.Kernel(kind, self.dtype, self.wbits, tokens, narrow)
+        if not x.is_cuda and narrow and tokens > 1 and sparse_cpu.has_matrix_units():
+            return kernel._replace(tokens=0, tiles=-(-tokens // sparse_cpu.TILE))
+        return kernel if x.is_cuda or tokens <= FEW else None
 
     def expand(self, out: Tensor | None = None) -> Tensor:
         """Return the matrix, in `out` if given."""

@@ -2,8 +2,9 @@
 
 The code is emitted as LLVM IR for the instructions that the CPU has, so that users need no compiler. One step takes the
 next columns of a row: it loads the packed values, moves them to the columns whose bits are set in the mask, and
-multiplies; the number of set bits says where the values of the next step begin. Each row is summed in a fixed order,
-so that the number of threads does not change the result.
+multiplies; the number of set bits says where the values of the next step begin. For several vectors, the weights of 16
+rows go through the matrix units (AMX), where the CPU has them. Each row is summed in a fixed order, so that the number
+of threads does not change the result.
 """
 
 import ctypes
@@ -22,6 +23,8 @@ REACH = 64  # A step may read so many packed numbers.
 AHEAD = 2048  # Masks and packed values are prefetched so many bytes before they are used.
 CHUNK = 64  # A thread takes so many rows at a time.
 COLUMNS = 64  # One iteration covers so many columns in several steps, added to two sums in turn.
+TILE = 16  # A tile of the matrix units has so many rows of 64 bytes.
+TILES = 4  # At most so many tiles of vectors are multiplied at a time: the units hold 8, and 4 are for factors.
 KINDS = {"codes": 64, "vbmi2": 32, "avx512": 16, "avx2": 8}  # Columns per step of each kind, the fastest first.
 FLAGS = {  # The CPU must have these features.
     "codes": {"avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2"}, "vbmi2": {"avx512f", "avx512bw", "avx512vbmi2"},
@@ -36,6 +39,8 @@ _SET = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="
 SHIFTS = {wbits: np.arange(8, dtype=np.uint8)[:, None] + np.tile(wbits * np.arange(8, dtype=np.uint8), 8)
           for wbits in (2, 3, 4)}  # (8, 64): where 8 times 8 codes start in 8 bytes each, by the first bit.
 ORDERS = _SET * (_SET.cumsum(1, dtype=np.int32) - 9)  # (masks, 8): a kept value's place - 8, else 0.
+ALL_TILES = np.frombuffer(b"\1" + bytes(15) + 8 * b"\100\0" + bytes(16) + 8 * bytes([TILE]) + bytes(8), np.uint8)
+ARCH_PRCTL, REQ_XCOMP_PERM, XTILEDATA = 158, 0x1023, 18  # By these, Linux lets a process use the matrix units.
 
 
 class Kernel(NamedTuple):
@@ -46,6 +51,7 @@ class Kernel(NamedTuple):
     wbits: int  # Bits per code; 0 stands for a matrix of plain values.
     tokens: int  # Number of vectors x; with 0, the kernel writes the expanded matrix to y.
     bfloat16: bool = False  # Whether x is bfloat16, not float32.
+    tiles: int = 0  # If not 0, it multiplies so many times TILE vectors in the matrix units.
 
 
 @functools.cache
@@ -66,9 +72,23 @@ def multiplies_bfloat16(kind: str) -> bool:
     return KINDS[kind] >= 32 and "avx512bf16" in HERE
 
 
+@functools.cache
+def has_matrix_units() -> bool:
+    """Return whether this process may multiply bfloat16 numbers in the CPU's matrix units."""
+    if not HERE >= {"amx-tile", "amx-bf16"}:
+        return False
+    try:
+        return ctypes.CDLL(None).syscall(ARCH_PRCTL, REQ_XCOMP_PERM, XTILEDATA) == 0
+    except (OSError, AttributeError):
+        return False
+
+
 def arrange(x: Tensor, kernel: Kernel) -> Tensor:
     """Return x (…, columns) in the order in which the steps of a kernel take it."""
-    if kernel.kind == "codes":  # Even columns come before odd ones.
+    if kernel.tiles:  # Each tile has the same two of 32 columns of TILE vectors in a row.
+        x = torch.nn.functional.pad(x.reshape(-1, x.shape[-1]), (0, 0, 0, TILE * kernel.tiles - x[..., 0].numel()))
+        x = arrange(x, kernel._replace(tiles=0)).view(kernel.tiles, TILE, -1, 2).transpose(1, 2).contiguous()
+    elif kernel.kind == "codes":  # Even columns come before odd ones.
         x = x.view(-1, 32, 2).transpose(1, 2).contiguous()
     if kernel.kind in ("codes", "vbmi2") and not kernel.bfloat16:
         x = x.view(-1, 16, 2).transpose(1, 2).contiguous()
@@ -129,6 +149,10 @@ class _Emitter:
         self.b = b = ir.IRBuilder(function.append_basic_block())
         self.at = {name: self._load(I64, function.args[0], I64(place), 8) for place, name in enumerate(ARGUMENTS)}
         take, work, done = (b.append_basic_block() for _ in range(3))
+        if kernel.tiles:
+            self._units("ldtilecfg", self._pointer(I64(ALL_TILES.ctypes.data)))
+            self.weights = b.alloca(ir.ArrayType(I8, 2 * 64 * TILE))  # two tiles
+            self.weights.align = 64
         b.branch(take)
         b.position_at_end(take)
         next_row = b.inttoptr(function.args[0], ir.PointerType())
@@ -137,10 +161,12 @@ class _Emitter:
         b.position_at_end(work)
         stop = b.add(first, I64(CHUNK))
         stop = b.select(b.icmp_signed("<", stop, self.at["rows"]), stop, self.at["rows"])
-        with for_range_slice(b, first, stop, I64(1)) as (row, _):
-            self._row(row)
+        with for_range_slice(b, first, stop, I64(TILE if kernel.tiles else 1)) as (row, _):
+            self._tile(row) if kernel.tiles else self._row(row)
         b.branch(take)
         b.position_at_end(done)
+        if kernel.tiles:
+            self._units("tilerelease")
         b.ret_void()
 
     def _row(self, row: ir.Value) -> None:
@@ -172,6 +198,51 @@ class _Emitter:
             total = self._call(f"llvm.vector.reduce.fadd.v{kind.count}f32", F32, F32(-0.0), total,
                                fastmath=("reassoc",))
             self._store(total, b.add(b.mul(I64(token), at["rows"]), row), 4)
+
+    def _tile(self, first: ir.Value) -> None:
+        """Emit the code for the products of TILE rows with all vectors; those behind the last row repeat it."""
+        b, kernel, at, width = self.b, self.kernel, self.at, self.width
+        take = self._look_up if kernel.kind == "codes" else self._expand
+        last, rows = b.sub(at["rows"], I64(1)), []
+        for number in range(TILE):
+            row = b.add(first, I64(number))
+            rows.append(b.select(b.icmp_signed("<", row, last), row, last))
+        places = [alloca_once_value(b, b.zext(self._load(I32, at["offsets"], b.mul(row, at["blocks"]), 4), I64))
+                  for row in rows]
+        for tile in range(kernel.tiles):
+            self._units("tilezero", I8(tile))
+        size, weights = b.udiv(at["columns"], at["groups"]), b.ptrtoint(self.weights, I64)
+        with for_range_slice(b, I64(0), at["groups"], I64(1)) as (group, _):
+            tables = [alloca_once_value(b, self._table(b.add(b.mul(row, at["groups"]), group)))
+                      for row in rows] if kernel.wbits else None
+            start = b.mul(group, size)
+            with for_range_slice(b, start, b.add(start, size), I64(COLUMNS)) as (column, _):
+                for done in range(0, COLUMNS, width):
+                    for number, (row, place) in enumerate(zip(rows, places, strict=True)):
+                        flat = b.add(b.mul(row, at["columns"]), column)
+                        parts = take(flat, done, place, b.load(tables[number]) if tables else None)
+                        for at_part, part in enumerate(parts, done // 32):
+                            address = b.add(weights, I64(64 * (TILE * at_part + number)))
+                            b.store(part, self._pointer(address), align=64)
+                for part in range(COLUMNS // 32):
+                    factor, vectors = I8(TILES + part), I8(TILES + 2 + part)
+                    self._units("tileloadd64", factor, self._pointer(b.add(weights, I64(64 * TILE * part))), I64(64))
+                    pair = b.lshr(b.add(column, I64(32 * part)), I64(1))
+                    for tile in range(kernel.tiles):
+                        x = b.add(b.mul(I64(tile), b.lshr(at["columns"], I64(1))), pair)
+                        x = b.add(at["x"], b.mul(x, I64(64)))
+                        self._units("tileloadd64", vectors, self._pointer(x), I64(64))
+                        self._units("tdpbf16ps", I8(tile), factor, vectors)
+        for tile in range(kernel.tiles):
+            y = b.add(b.mul(first, I64(kernel.tiles)), I64(tile))
+            y = b.add(at["y"], b.mul(y, I64(4 * TILE)))
+            self._units("tilestored64", I8(tile), self._pointer(y), I64(4 * TILE * kernel.tiles))
+
+    def _units(self, name: str, *values: ir.Value) -> None:
+        self._call(f"llvm.x86.{name}", ir.VoidType(), *values)
+
+    def _pointer(self, address: ir.Value) -> ir.Value:
+        return self.b.inttoptr(address, ir.PointerType())
 
     # The next two methods emit a step. It takes the weights of the next columns, 0 where pruned, and moves `place` on.
     # The iteration starts at weight `flat` of the matrix; `done` columns precede the step in it.

@@ -22,7 +22,7 @@ from transformers import AutoModel, AutoModelForCausalLM
 import mixgpt
 from mixgpt.checkpoints import load
 from mixgpt.checkpoints.packing import encode
-from mixgpt.checkpoints.sparse import FEW, PackedWeight, SparseLinear
+from mixgpt.checkpoints.sparse import FEW, MOST, PackedWeight, SparseLinear
 from mixgpt.common.errors import InputError
 from mixgpt.evaluation.generation import complete
 from mixgpt.evaluation.measures import perplexities
@@ -44,11 +44,7 @@ def packed_and_dense(rows, columns, dtype, scheme=None, sparsity=0.5, permuted=F
         order = torch.randperm(columns)
         W, grid.group[:] = W[:, order], grid.group[order]
     parts, description = encode(W, grid)
-    packed = PackedWeight(json.loads(json.dumps(description)))
-    for name, part in parts.items():
-        setattr(packed, name, part)
-    packed.prepare()
-    return packed, W
+    return PackedWeight.of(parts, json.loads(json.dumps(description))), W
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -59,7 +55,7 @@ def test_products_and_expansions_are_those_of_the_dense_matrix_by_every_kind_of_
         monkeypatch.setattr(PackedWeight, "kinds", lambda self, kind=kind: [kind])
         assert torch.equal(packed.expand().view(torch.uint8), W.view(torch.uint8)), kind
         for x_dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 2**-8), (torch.float16, 2**-10)):
-            for tokens in (1, 3, FEW):
+            for tokens in (1, 3, FEW, MOST, MOST + 1):
                 x = torch.randn(1, tokens, 704).to(x_dtype)
                 y, exact = packed.multiply(x), x.double() @ W.double().t()
                 assert y.dtype == x_dtype and y.shape == (1, tokens, 70)
@@ -108,7 +104,7 @@ def test_many_tokens_give_what_the_dense_layer_gives_bit_for_bit_and_gradients_f
     layer = SparseLinear(packed, torch.randn(96).bfloat16())
     dense = torch.nn.Linear(128, 96, dtype=torch.bfloat16)
     dense.weight.data, dense.bias.data = W, layer.bias
-    x = torch.randn(2, FEW, 128).bfloat16()
+    x = torch.randn(2, MOST, 128).bfloat16()
     assert torch.equal(layer(x), dense(x)) and layer(x[:, :0]).shape == (2, 0, 96)
     assert torch.allclose(layer(x[:1]).float(), dense(x[:1]).float(), atol=2**-5)
     assert torch.equal(torch.compile(layer, backend="eager")(x[:1]), layer(x[:1]))
@@ -127,7 +123,8 @@ def test_the_gpu_gives_the_same(scheme, dtype):
         with contextlib.nullcontext() if ON_GPU else Gpu():
             moved = copy.deepcopy(packed).to("cuda:0")
             assert moved.kind(moved.mask.device) == "triton" and torch.equal(moved.expand().cpu(), W)
-            for tokens, bias in ((1, None), (3, torch.randn(rows)), (FEW, None), (FEW + 1, None)):
+            for tokens in (1, 3, FEW, FEW + 1, MOST, MOST + 1):
+                bias = torch.randn(rows) if tokens == 3 else None
                 x = torch.randn(tokens, columns)
                 y = moved.multiply(x.to("cuda:0"), None if bias is None else bias.to("cuda:0"))
                 expected = torch.nn.functional.linear(x, W.float(), bias)
@@ -173,7 +170,7 @@ def check_guarded():
             setattr(packed, name, guarded(buffer))
         for kind in packed.kinds():
             with mock.patch.object(PackedWeight, "kinds", lambda self, kind=kind: [kind]):
-                for x in (None, torch.randn(3, columns), torch.randn(1, columns).bfloat16()):
+                for x in (None, *(torch.randn(n, columns).bfloat16() for n in (1, 17)), torch.randn(3, columns)):
                     setattr(packed, packed.data, guarded(data)[:len(data) - room])
                     packed.expand(guarded(W)) if x is None else packed.multiply(guarded(x))
                 assert torch.equal(packed.expand(guarded(W)), W)

@@ -1,0 +1,1 @@
+"""Packed models in programs of others."""
