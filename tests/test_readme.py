@@ -1,6 +1,6 @@
 """Run every command of README.md and docs/ on tiny stand-ins, and check that what the pages name exists.
 
-A command that cannot run here says so in its line: it "needs the hub", "a GPU", "several GPUs" or "an account".
+A command that cannot run here says so in its line: it "needs the hub", "a GPU", "a server" and so on.
 """
 
 import functools
@@ -31,7 +31,7 @@ PAGES = {path: path.read_text() for path in (ROOT / "README.md", *sorted(ROOT.gl
          if path.name != "extending.md"}  # whose commands run files that it holds: test_extending.py
 TEXT = "\n".join(PAGES.values())
 VERBS = ("mixgpt", "python", "pip", "make", "torchrun", "wandb", "jupyter", "git")
-MARK = re.compile(r"needs (the hub|a GPU|several GPUs|an account|measurements)")
+MARK = re.compile(r"needs (the hub|a GPU|several GPUs|an account|a server|measurements)")
 # What the commands name -> the tiny model of conftest.py that stands there as a folder.
 MODELS = {"facebook/opt-125m": "opt", "models/opt-125m": "opt", "meta-llama/Llama-2-7b-hf": "llama",
           "Qwen/Qwen3-0.6B": "qwen3", "google/gemma-3-4b-it": "gemma3", "Qwen/Qwen3-30B-A3B": "qwen3-moe",

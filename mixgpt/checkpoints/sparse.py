@@ -15,10 +15,9 @@ from mixgpt.common.choices import GRIDS
 from mixgpt.kernels import sparse_cpu
 from mixgpt.kernels.columns import triton_obstacle
 
-BLOCK = 512  # An offset stands for so many columns.
 DTYPES = {"mask": torch.uint8, "codes": torch.uint8, "zero": torch.uint8, "group": torch.int32}  # Parts have these.
 MOST = sparse_cpu.TILES * sparse_cpu.TILE  # More tokens are multiplied by the expanded matrix.
-FEW = 8  # Without matrix units, more than these are.
+FEW = 8  # On a CPU, more are multiplied in its matrix units, if it has some, or else by the expanded matrix.
 _scratch = threading.local()
 
 
@@ -53,7 +52,7 @@ class PackedWeight(nn.Module):
         self._check("mask", rows * columns / 8)
         mask, step = self.mask.cpu().numpy(), 1 if columns % 8 else 8  # A count is that of so many columns.
         counts = np.bitwise_count(mask) if step == 8 else np.unpackbits(mask, bitorder="little")
-        starts = (columns * np.arange(rows)[:, None] + np.arange(0, columns, BLOCK)) // step
+        starts = (columns * np.arange(rows)[:, None] + np.arange(0, columns, sparse_cpu.BLOCK)) // step
         sizes = np.add.reduceat(counts[:rows * columns // step], starts.ravel(), dtype=np.int64)  # They are per block.
         offsets = torch.from_numpy((sizes.cumsum() - sizes).astype(np.int32)).view(rows, -1)
         self.register_buffer("offsets", offsets.to(self.mask.device), persistent=False)
@@ -95,7 +94,7 @@ class PackedWeight(nn.Module):
         if kernel.tiles:
             y = torch.empty(-(-rows // sparse_cpu.TILE) * sparse_cpu.TILE, kernel.tiles * sparse_cpu.TILE)
             self._run(kernel, arranged, y)
-            y = y[:rows, :tokens].t().reshape(*x.shape[:-1], rows)
+            y = y[:rows, :tokens].t().contiguous().view(*x.shape[:-1], rows)
         else:
             written = dtype if x.is_cuda and bias is None else torch.float32
             y = torch.empty(*x.shape[:-1], rows, dtype=written, device=x.device)
@@ -109,9 +108,10 @@ class PackedWeight(nn.Module):
             return None
         narrow = x.is_cuda or x.dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(kind)
         kernel = sparse_cpu.Kernel(kind, self.dtype, self.wbits, tokens, narrow)
-        if not x.is_cuda and narrow and tokens > 1 and sparse_cpu.has_matrix_units():
-            return kernel._replace(tokens=0, tiles=-(-tokens // sparse_cpu.TILE))
-        return kernel if x.is_cuda or tokens <= FEW else None
+        if x.is_cuda or tokens <= FEW:
+            return kernel
+        tiles = -(-tokens // sparse_cpu.TILE)
+        return kernel._replace(tokens=0, tiles=tiles) if narrow and sparse_cpu.has_matrix_units() else None
 
     def expand(self, out: Tensor | None = None) -> Tensor:
         """Return the matrix, in `out` if given."""
@@ -159,7 +159,7 @@ class PackedWeight(nn.Module):
         tensors = self._buffers | {"data": self._buffers[self.data], "x": x, "y": y}
         if self.wbits:
             tensors["units"] = _units(self.description.get("grid", "uniform"), self.wbits, self.dtype, y.device)
-        kernels.launch(kernel, *self.shape, BLOCK, self.groups, tensors)
+        kernels.launch(kernel, *self.shape, self.groups, tensors)
 
 
 @functools.cache

@@ -21,14 +21,13 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from vllm.model_executor.models.utils import WeightsMapper
 from vllm.utils.torch_utils import direct_register_custom_op
 
-from mixgpt.checkpoints.packing import decode, encode, grid_of
 from mixgpt.checkpoints.quantizer import METHOD
-from mixgpt.checkpoints.sparse import PackedWeight
-from mixgpt.quant import Grid
 
 logger = init_logger("vllm.mixgpt")  # vLLM shows what loggers of such names say.
 PARTS = ("q", "k", "v")  # vLLM's names of the matrices in a layer that reads all three; else they are numbers.
-_packed: dict[str, PackedWeight] = {}  # by the name of the layer
+_packed: dict[str, Any] = {}  # {name of a layer: its sparse.PackedWeight}
+
+# The kernels are imported on use: the workers of vLLM 0.32 for CPUs do not start once llvmlite has been imported.
 
 
 def _product(x: Tensor, bias: Tensor | None, layer: str, rows: int) -> Tensor:
@@ -105,6 +104,7 @@ class Unpacking(WeightsMapper):
         return self.names.apply(self._joined(weights))
 
     def _joined(self, weights: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+        from mixgpt.checkpoints.packing import decode, grid_of
         found: dict[str, dict[str, Tensor]] = {}
         for name, tensor in weights:
             matrix, _, part = name.rpartition(".")
@@ -160,8 +160,10 @@ class PackedLinearMethod(UnquantizedLinearMethod):
         return torch.ops.vllm.mixgpt_product(x, bias, layer.prefix, layer.packed.shape[0])
 
 
-def _pack(W: Tensor, grids: dict[Any, Grid | None]) -> PackedWeight | None:
-    """Pack a matrix (out, in), or return None if that does not pay. grids: those of the matrices it is merged of."""
+def _pack(W: Tensor, grids: dict[Any, Any]) -> Any:
+    """Return a sparse.PackedWeight of W (out, in), or None if it does not pay. grids: those of what W is merged of."""
+    from mixgpt.checkpoints.packing import encode
+    from mixgpt.checkpoints.sparse import PackedWeight
     ordered = [grids[part] for part in sorted(grids, key=lambda part: PARTS.index(part) if part in PARTS else part)]
     for grid in (_merged(ordered, W), None):
         try:
@@ -174,8 +176,8 @@ def _pack(W: Tensor, grids: dict[Any, Grid | None]) -> PackedWeight | None:
     return None
 
 
-def _merged(grids: list[Grid | None], W: Tensor) -> Grid | None:
-    """Return the grid of matrices one upon the other, if they have one and W is not a process's part of them."""
+def _merged(grids: list[Any], W: Tensor) -> Any:
+    """Return the quant.Grid of matrices one upon the other, if all have one and W is not a process's part of them."""
     first = grids[0] if grids else None
     if first is None or any(grid is None or grid.scheme != first.scheme or not torch.equal(grid.group, first.group)
                             for grid in grids):

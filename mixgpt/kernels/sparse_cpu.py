@@ -24,6 +24,8 @@ AHEAD = 2048  # Masks and packed values are prefetched so many bytes before they
 CHUNK = 64  # A thread takes so many rows at a time.
 COLUMNS = 64  # One iteration covers so many columns in several steps, added to two sums in turn.
 TILE = 16  # A tile of the matrix units has so many rows of 64 bytes.
+BLOCK = 512  # An offset stands for so many columns.
+LINE = 2 * BLOCK + 64  # Bytes from row to row of the weights that are expanded for the units: not a power of 2.
 TILES = 4  # At most so many tiles of vectors are multiplied at a time: the units hold 8, and 4 are for factors.
 KINDS = {"codes": 64, "vbmi2": 32, "avx512": 16, "avx2": 8}  # Columns per step of each kind, the fastest first.
 FLAGS = {  # The CPU must have these features.
@@ -85,9 +87,11 @@ def has_matrix_units() -> bool:
 
 def arrange(x: Tensor, kernel: Kernel) -> Tensor:
     """Return x (…, columns) in the order in which the steps of a kernel take it."""
-    if kernel.tiles:  # Each tile has the same two of 32 columns of TILE vectors in a row.
-        x = torch.nn.functional.pad(x.reshape(-1, x.shape[-1]), (0, 0, 0, TILE * kernel.tiles - x[..., 0].numel()))
-        x = arrange(x, kernel._replace(tiles=0)).view(kernel.tiles, TILE, -1, 2).transpose(1, 2).contiguous()
+    if kernel.tiles:  # Of each tile of TILE vectors, the units take two columns of all at a time, as one number.
+        x = arrange(x.reshape(-1, x.shape[-1]), kernel._replace(tiles=0)).view(-1, x.shape[-1])
+        whole = x.new_zeros(TILE * kernel.tiles, x.shape[1])
+        whole[:len(x)] = x
+        x = whole.view(torch.int32).view(kernel.tiles, TILE, -1).transpose(1, 2).contiguous()
     elif kernel.kind == "codes":  # Even columns come before odd ones.
         x = x.view(-1, 32, 2).transpose(1, 2).contiguous()
     if kernel.kind in ("codes", "vbmi2") and not kernel.bfloat16:
@@ -101,15 +105,12 @@ def padded(data: Tensor) -> Tensor:
     return data if has_room else torch.nn.functional.pad(data, (0, REACH))[:len(data)]
 
 
-def launch(kernel: Kernel, rows: int, columns: int, block: int, groups: int, tensors: dict[str, Tensor]) -> None:
-    """Call a kernel on all rows.
-
-    block: columns per offset. tensors: what the kernel needs, by the names in TENSORS; `data` must be `padded`.
-    """
+def launch(kernel: Kernel, rows: int, columns: int, groups: int, tensors: dict[str, Tensor]) -> None:
+    """Call a kernel on all rows. tensors: what the kernel needs, by the names in TENSORS; `data` must be `padded`."""
     # The storage is asked for its address, because an empty tensor has none of its own.
     addresses = [tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.itemsize
                  if (tensor := tensors.get(name)) is not None else 0 for name in TENSORS]
-    numbers = 0, rows, columns, -(-columns // block), groups
+    numbers = 0, rows, columns, -(-columns // BLOCK), groups
     values = (ctypes.c_int64 * len(ARGUMENTS))(*numbers, *addresses)
     _parallel()(_compiled(kernel)[0], values, torch.get_num_threads(), 0)
 
@@ -151,8 +152,7 @@ class _Emitter:
         take, work, done = (b.append_basic_block() for _ in range(3))
         if kernel.tiles:
             self._units("ldtilecfg", self._pointer(I64(ALL_TILES.ctypes.data)))
-            self.weights = b.alloca(ir.ArrayType(I8, 2 * 64 * TILE))  # two tiles
-            self.weights.align = 64
+            self.weights = b.ptrtoint(b.alloca(ir.ArrayType(I8, TILE * LINE + 64)), I64)
         b.branch(take)
         b.position_at_end(take)
         next_row = b.inttoptr(function.args[0], ir.PointerType())
@@ -203,36 +203,33 @@ class _Emitter:
         """Emit the code for the products of TILE rows with all vectors; those behind the last row repeat it."""
         b, kernel, at, width = self.b, self.kernel, self.at, self.width
         take = self._look_up if kernel.kind == "codes" else self._expand
-        last, rows = b.sub(at["rows"], I64(1)), []
-        for number in range(TILE):
-            row = b.add(first, I64(number))
-            rows.append(b.select(b.icmp_signed("<", row, last), row, last))
-        places = [alloca_once_value(b, b.zext(self._load(I32, at["offsets"], b.mul(row, at["blocks"]), 4), I64))
-                  for row in rows]
+        last, size, weights = b.sub(at["rows"], I64(1)), b.udiv(at["columns"], at["groups"]), self.weights
         for tile in range(kernel.tiles):
             self._units("tilezero", I8(tile))
-        size, weights = b.udiv(at["columns"], at["groups"]), b.ptrtoint(self.weights, I64)
-        with for_range_slice(b, I64(0), at["groups"], I64(1)) as (group, _):
-            tables = [alloca_once_value(b, self._table(b.add(b.mul(row, at["groups"]), group)))
-                      for row in rows] if kernel.wbits else None
-            start = b.mul(group, size)
-            with for_range_slice(b, start, b.add(start, size), I64(COLUMNS)) as (column, _):
-                for done in range(0, COLUMNS, width):
-                    for number, (row, place) in enumerate(zip(rows, places, strict=True)):
-                        flat = b.add(b.mul(row, at["columns"]), column)
-                        parts = take(flat, done, place, b.load(tables[number]) if tables else None)
-                        for at_part, part in enumerate(parts, done // 32):
-                            address = b.add(weights, I64(64 * (TILE * at_part + number)))
-                            b.store(part, self._pointer(address), align=64)
-                for part in range(COLUMNS // 32):
-                    factor, vectors = I8(TILES + part), I8(TILES + 2 + part)
-                    self._units("tileloadd64", factor, self._pointer(b.add(weights, I64(64 * TILE * part))), I64(64))
-                    pair = b.lshr(b.add(column, I64(32 * part)), I64(1))
-                    for tile in range(kernel.tiles):
-                        x = b.add(b.mul(I64(tile), b.lshr(at["columns"], I64(1))), pair)
-                        x = b.add(at["x"], b.mul(x, I64(64)))
-                        self._units("tileloadd64", vectors, self._pointer(x), I64(64))
-                        self._units("tdpbf16ps", I8(tile), factor, vectors)
+        with for_range_slice(b, I64(0), at["columns"], I64(BLOCK)) as (start, _):
+            stop = b.add(start, I64(BLOCK))
+            stop = b.select(b.icmp_signed("<", stop, at["columns"]), stop, at["columns"])
+            with for_range_slice(b, I64(0), I64(TILE), I64(1)) as (number, _):
+                row = b.add(first, number)
+                row = b.select(b.icmp_signed("<", row, last), row, last)
+                block = b.add(b.mul(row, at["blocks"]), b.udiv(start, I64(BLOCK)))
+                place, line = alloca_once_value(b, I64(0)), b.add(weights, b.mul(number, I64(LINE)))
+                b.store(b.zext(self._load(I32, at["offsets"], block, 4), I64), place)
+                with for_range_slice(b, start, stop, I64(COLUMNS)) as (column, _):
+                    group = b.add(b.mul(row, at["groups"]), b.udiv(column, size))
+                    table, flat = self._table(group) if kernel.wbits else None, b.add(b.mul(row, at["columns"]), column)
+                    to = b.add(line, b.mul(b.sub(column, start), I64(2)))
+                    for done in range(0, COLUMNS, width):
+                        for part, values in enumerate(take(flat, done, place, table), done // 32):
+                            b.store(values, self._pointer(b.add(to, I64(64 * part))), align=1)
+            with for_range_slice(b, start, stop, I64(32)) as (column, _):
+                factor, vectors = I8(TILES), I8(TILES + 1)
+                source = b.add(weights, b.mul(b.sub(column, start), I64(2)))
+                self._units("tileloadd64", factor, self._pointer(source), I64(LINE))
+                for tile in range(kernel.tiles):
+                    pair = b.lshr(b.add(b.mul(I64(tile), at["columns"]), column), I64(1))
+                    self._units("tileloadd64", vectors, self._pointer(b.add(at["x"], b.mul(pair, I64(64)))), I64(64))
+                    self._units("tdpbf16ps", I8(tile), factor, vectors)
         for tile in range(kernel.tiles):
             y = b.add(b.mul(first, I64(kernel.tiles)), I64(tile))
             y = b.add(at["y"], b.mul(y, I64(4 * TILE)))

@@ -8,7 +8,7 @@ import torch
 import triton
 import triton.language as tl
 
-from mixgpt.kernels.sparse_cpu import Kernel
+from mixgpt.kernels.sparse_cpu import BLOCK, Kernel
 
 ROWS = 4  # A program takes so many rows for one token, fewer for several.
 DOT = tl.constexpr(16)  # From so many tokens on it takes as many rows, and tensor cores multiply.
@@ -17,14 +17,14 @@ TENSORS = ("mask", "data", "offsets", "units", "zero", "scale", "group", "x", "y
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
-def launch(kernel: Kernel, rows: int, columns: int, block: int, groups: int, tensors: dict[str, torch.Tensor]) -> None:
+def launch(kernel: Kernel, rows: int, columns: int, groups: int, tensors: dict[str, torch.Tensor]) -> None:
     """Multiply, or expand, on the device; arguments as of `sparse_cpu.launch`, but the kernel's kind is ignored."""
     tokens = triton.next_power_of_2(kernel.tokens) if kernel.tokens else 0
     tile = DOT.value if tokens >= DOT.value else max(ROWS // max(tokens, 1), 1)
     with torch.cuda.device_of(tensors["mask"]):  # Triton launches on the current device.
         _multiply[triton.cdiv(rows, tile),](
             *(tensors.get(name) for name in TENSORS), rows, columns, groups, kernel.tokens, WBITS=kernel.wbits,
-            TOKENS=tokens, ROWS=tile, BLOCK=block, DTYPE=FLOATS[kernel.dtype], num_warps=WARPS,
+            TOKENS=tokens, ROWS=tile, BLOCK=BLOCK, DTYPE=FLOATS[kernel.dtype], num_warps=WARPS,
             enable_fp_fusion=True)
 
 

@@ -51,7 +51,7 @@ def launches():
         if wbits:
             kinds |= {"units": torch.float32, "zero": torch.uint8, "scale": dtype, "group": torch.int32}
         with mock.patch.object(sparse_cuda, "_multiply", mock.MagicMock()) as recorder:
-            sparse_cuda.launch(Kernel("", dtype, wbits, tokens), 4096, 11008, 512, 86,
+            sparse_cuda.launch(Kernel("", dtype, wbits, tokens), 4096, 11008, 86,
                             {part: torch.zeros(1, dtype=kind) for part, kind in kinds.items()})
         found.append((sparse_cuda._multiply, *recorder.__getitem__.return_value.call_args))
     return found

