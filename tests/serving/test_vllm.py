@@ -59,7 +59,7 @@ def serving(folder, *options, log):
     try:
         address, deadline = f"http://127.0.0.1:{port}", time.monotonic() + 300
         while True:
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
             with contextlib.suppress(urllib.error.URLError, ConnectionError):
                 urllib.request.urlopen(f"{address}/health", timeout=10)
                 break
@@ -103,6 +103,6 @@ def test_a_damaged_folder_is_refused(folder, tmp_path):
     for file in folder.iterdir():
         content = file.read_bytes()
         (tmp_path / file.name).write_bytes(content[:-9] if file.suffix == ".safetensors" else content)
-    with pytest.raises(AssertionError, match="model.sparse.safetensors"):
+    with pytest.raises(AssertionError, match="SafetensorError"):
         with serving(tmp_path, "--enforce-eager", log=tmp_path / "log"):
             pass
