@@ -116,7 +116,7 @@ class Unpacking(WeightsMapper):
             if len(parts) == len(description["parts"]):
                 W = decode(parts, description)
                 if "wbits" in description:
-                    W.grid = grid_of(parts, description)
+                    vars(W)["grid"] = grid_of(parts, description)
                 yield matrix, W
                 parts.clear()
         for matrix, parts in found.items():
