@@ -10,8 +10,6 @@ import os
 import statistics
 import time
 
-import psutil
-
 QUIET = {"HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "DO_NOT_TRACK": "1",
          "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
 
@@ -25,15 +23,6 @@ def tokens_per_second(engine, sequences, tokens):
     return sequences * tokens / (time.perf_counter() - start)
 
 
-def engine_of(folder, options):
-    """Start an engine, and return it and the process group's growth in bytes."""
-    from vllm import LLM
-    before = {child.pid for child in psutil.Process().children(recursive=True)}
-    engine = LLM(folder, max_model_len=512, max_num_seqs=64, **options)
-    own = [child for child in psutil.Process().children(recursive=True) if child.pid not in before]
-    return engine, sum(child.memory_full_info().pss for child in own)
-
-
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("packed")
@@ -41,15 +30,13 @@ def main(argv=None):
     parser.add_argument("--sequences", type=int, nargs="*", default=[1, 4, 8, 16, 32])
     parser.add_argument("--tokens", type=int, default=48, help="of each sequence")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--eager", action="store_true", help="without torch.compile")
     given = parser.parse_args(argv)
     os.environ.update(QUIET)
-    engines = {folder: engine_of(folder, {"enforce_eager": given.eager}) for folder in (given.packed, given.dense)}
-    for folder, (_, nbytes) in engines.items():
-        print(f"{folder}: {nbytes / 1e6:,.0f} MB in the engine's processes", flush=True)
+    from vllm import LLM
+    engines = [LLM(folder, max_model_len=512, max_num_seqs=64) for folder in (given.packed, given.dense)]
     print("sequences  packed tokens/s  dense tokens/s  ratio (least, most)", flush=True)
     for sequences in given.sequences:
-        rounds = [[tokens_per_second(engine, sequences, given.tokens) for engine, _ in engines.values()]
+        rounds = [[tokens_per_second(engine, sequences, given.tokens) for engine in engines]
                   for _ in range(given.rounds + 1)][1:]
         ratios = [packed / dense for packed, dense in rounds]
         packed, dense = map(statistics.median, zip(*rounds, strict=True))

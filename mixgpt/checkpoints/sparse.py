@@ -17,7 +17,7 @@ from mixgpt.kernels.columns import triton_obstacle
 
 DTYPES = {"mask": torch.uint8, "codes": torch.uint8, "zero": torch.uint8, "group": torch.int32}  # Parts have these.
 MOST = sparse_cpu.TILES * sparse_cpu.TILE  # More tokens are multiplied by the expanded matrix.
-FEW = 8  # On a CPU, more are multiplied in its matrix units, if it has some, or else by the expanded matrix.
+FEW = 8  # More are multiplied in the matrix units of the CPU, or without these by the expanded matrix.
 _scratch = threading.local()
 
 
@@ -108,10 +108,11 @@ class PackedWeight(nn.Module):
             return None
         narrow = x.is_cuda or x.dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(kind)
         kernel = sparse_cpu.Kernel(kind, self.dtype, self.wbits, tokens, narrow)
-        if x.is_cuda or tokens <= FEW:
+        if tokens <= FEW:
             return kernel
         tiles = -(-tokens // sparse_cpu.TILE)
-        return kernel._replace(tokens=0, tiles=tiles) if narrow and sparse_cpu.has_matrix_units() else None
+        units = narrow and not x.is_cuda and sparse_cpu.has_matrix_units()
+        return kernel._replace(tokens=0, tiles=tiles) if units else None
 
     def expand(self, out: Tensor | None = None) -> Tensor:
         """Return the matrix, in `out` if given."""

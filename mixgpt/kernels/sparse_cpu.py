@@ -26,7 +26,7 @@ COLUMNS = 64  # One iteration covers so many columns in several steps, added to 
 TILE = 16  # A tile of the matrix units has so many rows of 64 bytes.
 BLOCK = 512  # An offset stands for so many columns.
 LINE = 2 * BLOCK + 64  # Bytes from row to row of the weights that are expanded for the units: not a power of 2.
-TILES = 4  # At most so many tiles of vectors are multiplied at a time: the units hold 8, and 4 are for factors.
+TILES = 4  # At most so many tiles of vectors are multiplied at a time: the units hold 8 tiles, and 2 are for factors.
 KINDS = {"codes": 64, "vbmi2": 32, "avx512": 16, "avx2": 8}  # Columns per step of each kind, the fastest first.
 FLAGS = {  # The CPU must have these features.
     "codes": {"avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2"}, "vbmi2": {"avx512f", "avx512bw", "avx512vbmi2"},
@@ -152,7 +152,9 @@ class _Emitter:
         take, work, done = (b.append_basic_block() for _ in range(3))
         if kernel.tiles:
             self._units("ldtilecfg", self._pointer(I64(ALL_TILES.ctypes.data)))
-            self.weights = b.ptrtoint(b.alloca(ir.ArrayType(I8, TILE * LINE + 64)), I64)
+            weights = b.alloca(ir.ArrayType(I8, TILE * LINE))
+            weights.align = 64
+            self.weights = b.ptrtoint(weights, I64)
         b.branch(take)
         b.position_at_end(take)
         next_row = b.inttoptr(function.args[0], ir.PointerType())
@@ -221,7 +223,7 @@ class _Emitter:
                     to = b.add(line, b.mul(b.sub(column, start), I64(2)))
                     for done in range(0, COLUMNS, width):
                         for part, values in enumerate(take(flat, done, place, table), done // 32):
-                            b.store(values, self._pointer(b.add(to, I64(64 * part))), align=1)
+                            b.store(values, self._pointer(b.add(to, I64(64 * part))), align=64)
             with for_range_slice(b, start, stop, I64(32)) as (column, _):
                 factor, vectors = I8(TILES), I8(TILES + 1)
                 source = b.add(weights, b.mul(b.sub(column, start), I64(2)))

@@ -11,7 +11,6 @@ import triton.language as tl
 from mixgpt.kernels.sparse_cpu import BLOCK, Kernel
 
 ROWS = 4  # A program takes so many rows for one token, fewer for several.
-DOT = tl.constexpr(16)  # From so many tokens on it takes as many rows, and tensor cores multiply.
 WARPS = 4
 TENSORS = ("mask", "data", "offsets", "units", "zero", "scale", "group", "x", "y")
 FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -20,7 +19,7 @@ FLOATS = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16:
 def launch(kernel: Kernel, rows: int, columns: int, groups: int, tensors: dict[str, torch.Tensor]) -> None:
     """Multiply, or expand, on the device; arguments as of `sparse_cpu.launch`, but the kernel's kind is ignored."""
     tokens = triton.next_power_of_2(kernel.tokens) if kernel.tokens else 0
-    tile = DOT.value if tokens >= DOT.value else max(ROWS // max(tokens, 1), 1)
+    tile = max(ROWS // max(tokens, 1), 1)
     with torch.cuda.device_of(tensors["mask"]):  # Triton launches on the current device.
         _multiply[triton.cdiv(rows, tile),](
             *(tensors.get(name) for name in TENSORS), rows, columns, groups, kernel.tokens, WBITS=kernel.wbits,
@@ -34,7 +33,7 @@ def _multiply(mask, data, offsets, units, zero, scale, group, x, y, rows, column
     """Write the products of a tile of rows to y (tokens, rows); without tokens, the rows to y (rows, columns)."""
     row, blocks = tl.program_id(0) * ROWS + tl.arange(0, ROWS), tl.cdiv(columns, BLOCK)
     real, token = row < rows, tl.arange(0, TOKENS if TOKENS else 1)
-    sums = tl.zeros((TOKENS, ROWS) if TOKENS >= DOT else (TOKENS, ROWS, BLOCK) if TOKENS else (1, 1, 1), tl.float32)
+    sums = tl.zeros((TOKENS if TOKENS else 1, ROWS, BLOCK if TOKENS else 1), tl.float32)
     for block in range(blocks):
         column = block * BLOCK + tl.arange(0, BLOCK)
         inside = real[:, None] & (column < columns)[None, :]
@@ -58,17 +57,9 @@ def _multiply(mask, data, offsets, units, zero, scale, group, x, y, rows, column
         if TOKENS:
             at_x = x + token[:, None] * columns + column[None, :]
             part = tl.load(at_x, mask=(token < tokens)[:, None] & (column < columns)[None, :], other=0)
-            if TOKENS >= DOT:
-                if part.dtype == weight.dtype:
-                    sums = tl.dot(part, tl.trans(weight), sums, input_precision="ieee")
-                else:
-                    wide = tl.trans(weight.to(tl.float32))
-                    sums = tl.dot(part.to(tl.float32), wide, sums, input_precision="ieee")
-            else:
-                sums += part.to(tl.float32)[:, None, :] * weight.to(tl.float32)[None, :, :]
+            sums += part.to(tl.float32)[:, None, :] * weight.to(tl.float32)[None, :, :]
         else:
             tl.store(y + flat, weight, mask=inside)
     if TOKENS:
         inside = (token < tokens)[:, None] & real[None, :]
-        total = sums if TOKENS >= DOT else tl.sum(sums, 2)
-        tl.store(y + token[:, None] * rows + row[None, :], total, mask=inside)
+        tl.store(y + token[:, None] * rows + row[None, :], tl.sum(sums, 2), mask=inside)

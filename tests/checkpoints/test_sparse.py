@@ -126,7 +126,7 @@ def test_the_gpu_gives_the_same(scheme, dtype):
         with contextlib.nullcontext() if ON_GPU else Gpu():
             moved = copy.deepcopy(packed).to("cuda:0")
             assert moved.kind(moved.mask.device) == "triton" and torch.equal(moved.expand().cpu(), W)
-            for tokens in (1, 3, FEW, FEW + 1, MOST, MOST + 1):
+            for tokens in (1, 3, FEW, FEW + 1):
                 bias = torch.randn(rows) if tokens == 3 else None
                 x = torch.randn(tokens, columns)
                 y = moved.multiply(x.to("cuda:0"), None if bias is None else bias.to("cuda:0"))

@@ -205,7 +205,7 @@ def test_a_process_that_dies_ends_the_others(checkpoint_folder, tmp_path):
     while not (tmp_path / "saved" / "progress" / "run.json").is_file():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.1)
-    workers = [child for child in psutil.Process(process.pid).children(recursive=True)
+    workers = [child for child in psutil.Process(process.pid).children()
                if "llama.py" in " ".join(child.cmdline())]
     assert len(workers) == 2
     first, = (worker for worker in workers if worker.environ()["RANK"] == "0")  # all others wait for this one

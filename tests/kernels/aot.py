@@ -30,8 +30,7 @@ POINTERS = {torch.float32: "*fp32", torch.bool: "*i1", torch.int32: "*i32", torc
 KERNELS = [(4096, 128, 0, None, True), (4096, 128, 8, None, False), (4096, 128, 0, torch.float16, False),
            (4096, 128, 4, torch.bfloat16, False)]
 # dtype, bits of codes or 0, tokens or 0 to expand
-PACKED = [(torch.bfloat16, 0, 1), (torch.float16, 0, 8), (torch.bfloat16, 4, 1), (torch.bfloat16, 3, 0),
-          (torch.bfloat16, 0, 64), (torch.bfloat16, 4, 16)]
+PACKED = [(torch.bfloat16, 0, 1), (torch.float16, 0, 8), (torch.bfloat16, 4, 1), (torch.bfloat16, 3, 0)]
 
 
 def launches():
