@@ -165,15 +165,12 @@ def _pack(W: Tensor, grids: dict[Any, Any]) -> Any:
     from mixgpt.checkpoints.packing import encode
     from mixgpt.checkpoints.sparse import PackedWeight
     ordered = [grids[part] for part in sorted(grids, key=lambda part: PARTS.index(part) if part in PARTS else part)]
-    for grid in (_merged(ordered, W), None):
-        try:
-            parts, description = encode(W.cpu(), grid)
-        except ValueError:  # It has been cast since.
-            continue
-        weight = PackedWeight.of(parts, description).to(W.device) if "mask" in parts else None
-        if weight and weight.kind(W.device):
-            return weight
-    return None
+    try:
+        parts, description = encode(W.cpu(), _merged(ordered, W))
+    except ValueError:  # It has been cast since.
+        parts, description = encode(W.cpu())
+    weight = PackedWeight.of(parts, description).to(W.device) if "mask" in parts else None
+    return weight if weight and weight.kind(W.device) else None
 
 
 def _merged(grids: list[Any], W: Tensor) -> Any:

@@ -167,11 +167,8 @@ class Training:
                 fetched[name] = state.begin(weights[name])
             gradients.append(state.gradient(weights[name]))
             weights[name].grad = None
-        if distributed.world() > 1 and gradients:
-            flat = torch.cat([gradient.flatten() for gradient in gradients])
-            distributed.all_reduce(flat)
-            gradients = [part.view_as(gradient) for part, gradient in zip(
-                flat.split([gradient.numel() for gradient in gradients]), gradients, strict=True)]
+        if gradients:
+            distributed.all_reduce(*gradients)
         for (name, state), gradient in zip(states.items(), gradients, strict=True):
             norm = torch.linalg.vector_norm(wide(gradient), dim=1, keepdim=True)  # (rows, 1)
             size = state.size(weights[name])

@@ -112,6 +112,19 @@ def test_a_merged_layer_is_packed_from_the_parts_of_the_file(loses_grids, scheme
     assert plugin._shape(x, bias, layer.prefix, 80).shape == expected.shape
 
 
+def test_a_part_of_a_quantized_matrix_is_packed_as_values(plugin):
+    """Tensor parallelism gives each process some of the rows, or of the columns."""
+    W, grid = matrix(48, Scheme(4, 64))
+    vars(whole := W.clone())["grid"] = grid
+    for part in (slice(24), (slice(None), slice(64))):
+        layer, method = Layer(), plugin.PackedConfig().get_quant_method(Layer(), "")
+        method.create_weights(layer, *W[part].shape,
+                              weight_loader=lambda parameter, W, part=part: parameter.copy_(W[part]))
+        layer.weight_loader(layer.weight, whole)
+        method.process_weights_after_loading(layer)
+        assert torch.equal(layer.packed.expand(), W[part]) and "values" in layer.packed.description["parts"]
+
+
 def test_a_dense_layer_stays_what_it_is(plugin):
     layer, method = Layer(), plugin.PackedConfig().get_quant_method(Layer(), "")
     method.create_weights(layer, 16, 64, weight_loader=None)
