@@ -15,6 +15,7 @@ import psutil
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
+from mixgpt.app.allocating import with_gradients
 from mixgpt.app.checks import saving_bytes
 from mixgpt.app.run import Run
 from mixgpt.checkpoints import card, load
@@ -86,7 +87,8 @@ def memory_needs(run: Run) -> list[Need]:
             work = max(layer + needs.batch_bytes(streamed, T), rest + needs.head_bytes(streamed, T, V, 1))
             host, states = layer + trained * (stage == "reference"), read[stage] // world * run.token_bytes
         elif stage in ("sensitivity", "gradients"):
-            count, kinds = (settings.nsamples, 2) if stage == "sensitivity" else (-(-settings.nsamples // 2), 1)
+            count, kinds = (settings.nsamples, 2) if stage == "sensitivity" else (
+                len(with_gradients(settings.nsamples, T)), 1)
             _, place, borders = needs.chunk(streamed, -(-count // world), T, kinds, free=free)
             borders //= kinds if settings.sensitivity == "fisher" else 1  # Fisher keeps no tangents.
             narrow = min(V, distill.VOCABULARY) if run.distills else V
@@ -153,7 +155,7 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
     layers_take, loss, divergence = layers_and_head(streamed, tested, run.distills)
     depth = sum(weight.numel() for layer in layers for weight in layer.parameters()) / sum(
         weight.numel() for layer in streamed.layers for weight in layer.parameters())
-    more, size = settings.nsamples / few, tokens.numel()
+    more, size, some = settings.nsamples / few, tokens.numel(), len(with_gradients(few, T))
 
     def scaled(part: float, head: float, times: float) -> float:
         """Return the seconds of a whole stage, of which `head` are the head's in `part`."""
@@ -166,7 +168,7 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
     of_stage = {
         "dense model": tests, "evaluation": tests, "experts": scaled(took["experts"], 0, more),
         "sensitivity": scaled(took["sensitivity"], divergence * size, more * settings.nprobes),
-        "gradients": scaled(took["gradients"], divergence * size / 2, more),
+        "gradients": scaled(took["gradients"], divergence * T * some, len(with_gradients(settings.nsamples, T)) / some),
         "pruning": pruning, "rounding": pruning, "quantization": pruning - depth * solving,
         # Distillation takes its first step twice.
         "distillation": scaled(took["distillation"], divergence * (step + trained) * T,

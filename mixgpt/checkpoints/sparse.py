@@ -87,32 +87,15 @@ class PackedWeight(nn.Module):
         """Return x Wᵀ + bias: for few tokens from the packed form if there is a kernel, else as the dense matrix."""
         rows, columns = self.shape
         tokens, differentiated = x.numel() // columns, x.requires_grad and torch.is_grad_enabled()
-        dtype, kernel = x.dtype, None if differentiated else self._kernel(x, tokens)
+        dtype, kernel = x.dtype, None
+        if tokens <= MOST and not differentiated and (kind := self.kind(x.device)):
+            kernel = _kernel(kind, self.dtype, self.wbits, rows, tokens, dtype, bias is not None)
         if kernel is None:
             return linear(x, self.expand(None if differentiated else self._room()).to(dtype), bias)
         arranged = sparse_cpu.arrange((x if kernel.bfloat16 else x.float()).contiguous(), kernel)
-        if kernel.tiles:
-            y = torch.empty(-(-rows // sparse_cpu.TILE) * sparse_cpu.TILE, kernel.tiles * sparse_cpu.TILE)
-            self._run(kernel, arranged, y)
-            y = y[:rows, :tokens].t().contiguous().view(*x.shape[:-1], rows)
-        else:
-            written = dtype if x.is_cuda and bias is None else torch.float32
-            y = torch.empty(*x.shape[:-1], rows, dtype=written, device=x.device)
-            self._run(kernel, arranged, y)
+        y = torch.empty(*x.shape[:-1], rows, dtype=kernel.writes, device=x.device)
+        self._run(kernel, arranged, y)
         return (y if bias is None else y.add_(bias)).to(dtype)
-
-    def _kernel(self, x: Tensor, tokens: int) -> sparse_cpu.Kernel | None:
-        """Return the kernel that multiplies x, of so many tokens, by the packed form, None if there is none."""
-        kind = self.kind(x.device)
-        if not kind or not 0 < tokens <= MOST:
-            return None
-        narrow = x.is_cuda or x.dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(kind)
-        kernel = sparse_cpu.Kernel(kind, self.dtype, self.wbits, tokens, narrow)
-        if tokens <= FEW:
-            return kernel
-        tiles = -(-tokens // sparse_cpu.TILE)
-        units = narrow and not x.is_cuda and sparse_cpu.has_matrix_units()
-        return kernel._replace(tokens=0, tiles=tiles) if units else None
 
     def expand(self, out: Tensor | None = None) -> Tensor:
         """Return the matrix, in `out` if given."""
@@ -155,12 +138,26 @@ class PackedWeight(nn.Module):
             from mixgpt.kernels import sparse_cuda as kernels
         else:
             kernels = sparse_cpu
-            with torch.inference_mode(False):  # The padded part outlives the caller's inference mode.
-                self._buffers[self.data] = sparse_cpu.padded(self._buffers[self.data])
+            if not sparse_cpu.has_room(data := self._buffers[self.data]):
+                with torch.inference_mode(False):  # The padded part outlives the caller's inference mode.
+                    self._buffers[self.data] = nn.functional.pad(data, (0, sparse_cpu.REACH))[:len(data)]
         tensors = self._buffers | {"data": self._buffers[self.data], "x": x, "y": y}
         if self.wbits:
             tensors["units"] = _units(self.description.get("grid", "uniform"), self.wbits, self.dtype, y.device)
         kernels.launch(kernel, *self.shape, self.groups, tensors)
+
+
+@functools.cache
+def _kernel(kind: str, dtype: torch.dtype, wbits: int, rows: int, tokens: int, x_dtype: torch.dtype, biased: bool
+            ) -> sparse_cpu.Kernel | None:
+    """Return the kernel of a kind that multiplies x by a packed matrix, None if there is none for so many tokens."""
+    on_gpu = kind == "triton"
+    narrow = on_gpu or x_dtype == torch.bfloat16 and sparse_cpu.multiplies_bfloat16(kind)
+    writes = torch.float32 if biased or x_dtype.itemsize > 4 else x_dtype  # A sum with a bias is rounded once.
+    kernel = sparse_cpu.Kernel(kind, dtype, wbits, tokens, narrow, writes)
+    if tokens > 1 and rows >= sparse_cpu.TILE and narrow and not on_gpu and sparse_cpu.has_matrix_units():
+        return kernel._replace(tokens=0, tiles=-(-tokens // sparse_cpu.TILE))
+    return kernel if 0 < tokens <= FEW else None
 
 
 @functools.cache

@@ -3,8 +3,9 @@
 The code is emitted as LLVM IR for the instructions that the CPU has, so that users need no compiler. One step takes the
 next columns of a row: it loads the packed values, moves them to the columns whose bits are set in the mask, and
 multiplies; the number of set bits says where the values of the next step begin. For several vectors, the weights of 16
-rows go through the matrix units (AMX), where the CPU has them. Each row is summed in a fixed order, so that the number
-of threads does not change the result.
+rows go through the matrix units (AMX), where the CPU has them: they multiply these rows by 16 vectors, of which they
+take two columns of all at a time. Each row is summed in a fixed order, so that the number of threads does not change
+the result.
 """
 
 import ctypes
@@ -20,7 +21,7 @@ from numba.core.cgutils import alloca_once_value, for_range_slice
 from torch import Tensor
 
 REACH = 64  # A step may read so many packed numbers.
-AHEAD = 2048  # Masks and packed values are prefetched so many bytes before they are used.
+AHEAD = 4096  # Masks and packed values are prefetched so many bytes before they are used.
 CHUNK = 64  # A thread takes so many rows at a time.
 COLUMNS = 64  # One iteration covers so many columns in several steps, added to two sums in turn.
 TILE = 16  # A tile of the matrix units has so many rows of 64 bytes.
@@ -32,8 +33,8 @@ FLAGS = {  # The CPU must have these features.
     "codes": {"avx512f", "avx512bw", "avx512vbmi", "avx512vbmi2"}, "vbmi2": {"avx512f", "avx512bw", "avx512vbmi2"},
     "avx512": {"avx512f", "f16c"}, "avx2": {"avx2", "fma", "f16c"}}
 HERE = {name for name, present in binding.get_host_cpu_features().items() if present}
-TENSORS = ("mask", "data", "offsets", "units", "zero", "scale", "x", "y")
-ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", *TENSORS)
+TENSORS = ("mask", "offsets", "units", "zero", "scale", "x", "y", "pairs", "data")
+ARGUMENTS = ("next_row", "rows", "columns", "blocks", "groups", "vectors", *TENSORS)
 I1, I8, I16, I32, I64, F16, F32 = *map(ir.IntType, (1, 8, 16, 32, 64)), ir.HalfType(), ir.FloatType()
 BF16 = type("BFloatType", (ir.types.Type,), {"__str__": lambda self: "bfloat"})()  # llvmlite has no such type.
 STORED = {torch.float32: F32, torch.bfloat16: I16, torch.float16: F16}
@@ -53,7 +54,8 @@ class Kernel(NamedTuple):
     wbits: int  # Bits per code; 0 stands for a matrix of plain values.
     tokens: int  # Number of vectors x; with 0, the kernel writes the expanded matrix to y.
     bfloat16: bool = False  # Whether x is bfloat16, not float32.
-    tiles: int = 0  # If not 0, it multiplies so many times TILE vectors in the matrix units.
+    writes: torch.dtype = torch.float32  # The dtype of products.
+    tiles: int = 0  # If not 0, it multiplies up to so many times TILE vectors in the matrix units.
 
 
 @functools.cache
@@ -87,32 +89,37 @@ def has_matrix_units() -> bool:
 
 def arrange(x: Tensor, kernel: Kernel) -> Tensor:
     """Return x (…, columns) in the order in which the steps of a kernel take it."""
-    if kernel.tiles:  # Of each tile of TILE vectors, the units take two columns of all at a time, as one number.
-        x = arrange(x.reshape(-1, x.shape[-1]), kernel._replace(tiles=0)).view(-1, x.shape[-1])
-        whole = x.new_zeros(TILE * kernel.tiles, x.shape[1])
-        whole[:len(x)] = x
-        x = whole.view(torch.int32).view(kernel.tiles, TILE, -1).transpose(1, 2).contiguous()
-    elif kernel.kind == "codes":  # Even columns come before odd ones.
+    if kernel.tiles:
+        return x
+    if kernel.kind == "codes":  # Even columns come before odd ones.
         x = x.view(-1, 32, 2).transpose(1, 2).contiguous()
     if kernel.kind in ("codes", "vbmi2") and not kernel.bfloat16:
         x = x.view(-1, 16, 2).transpose(1, 2).contiguous()
     return x
 
 
-def padded(data: Tensor) -> Tensor:
-    """Return packed numbers with memory for REACH more behind them, because the last steps read beyond the end."""
-    has_room = data.untyped_storage().nbytes() >= (data.storage_offset() + len(data) + REACH) * data.itemsize
-    return data if has_room else torch.nn.functional.pad(data, (0, REACH))[:len(data)]
+def has_room(data: Tensor) -> bool:
+    """Return whether memory for REACH more lies behind packed numbers: the last steps read beyond the end."""
+    return data.untyped_storage().nbytes() >= (data.storage_offset() + len(data) + REACH) * data.itemsize
 
 
 def launch(kernel: Kernel, rows: int, columns: int, groups: int, tensors: dict[str, Tensor]) -> None:
-    """Call a kernel on all rows. tensors: what the kernel needs, by the names in TENSORS; `data` must be `padded`."""
-    # The storage is asked for its address, because an empty tensor has none of its own.
-    addresses = [tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.itemsize
-                 if (tensor := tensors.get(name)) is not None else 0 for name in TENSORS]
-    numbers = 0, rows, columns, -(-columns // BLOCK), groups
+    """Call a kernel on all rows. tensors: what the kernel needs, by the names in TENSORS; `data` must have room.
+
+    The matrix units need at least TILE rows.
+    """
+    if kernel.tiles:
+        tensors["pairs"] = torch.empty(kernel.tiles * TILE * columns, dtype=torch.bfloat16)
+    data = tensors["data"]
+    addresses = [tensor.data_ptr() if (tensor := tensors.get(name)) is not None else 0 for name in TENSORS[:-1]]
+    # An empty tensor has no address of its own.
+    addresses.append(data.untyped_storage().data_ptr() + data.storage_offset() * data.itemsize)
+    numbers = 0, rows, columns, -(-columns // BLOCK), groups, tensors["x"].numel() // columns
     values = (ctypes.c_int64 * len(ARGUMENTS))(*numbers, *addresses)
-    _parallel()(_compiled(kernel)[0], values, torch.get_num_threads(), 0)
+    arrange_pairs, multiply, _ = _compiled(kernel)
+    if kernel.tiles:
+        arrange_pairs(values)
+    _parallel()(multiply, values, torch.get_num_threads(), 0)
 
 
 @functools.cache
@@ -125,8 +132,8 @@ def _parallel() -> Callable:
 
 
 @functools.cache
-def _compiled(kernel: Kernel) -> tuple[Callable, object]:
-    """Compile a kernel for this CPU. Returns it and what owns its code, which must live as long."""
+def _compiled(kernel: Kernel) -> tuple[Callable, Callable, object]:
+    """Compile for this CPU. Returns what arranges x, the kernel, and what owns their code, which must live as long."""
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     module = binding.parse_assembly(str(_Emitter(kernel).module))
@@ -136,7 +143,9 @@ def _compiled(kernel: Kernel) -> tuple[Callable, object]:
     passes.getModulePassManager().run(module, passes)
     engine = binding.create_mcjit_compiler(module, machine)
     engine.finalize_object()
-    return ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address("kernel")), engine
+    arrange_pairs, multiply = (ctypes.CFUNCTYPE(None, ctypes.c_void_p)(engine.get_function_address(name))
+                               for name in ("arrange", "kernel"))
+    return arrange_pairs, multiply, engine
 
 
 class _Emitter:
@@ -146,9 +155,12 @@ class _Emitter:
         self.kernel, self.module = kernel, ir.Module()
         self.width = KINDS[kernel.kind]
         self.bits = kernel.wbits or 8 * kernel.dtype.itemsize  # Bits per packed number.
-        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [I64]), "kernel")
-        self.b = b = ir.IRBuilder(function.append_basic_block())
-        self.at = {name: self._load(I64, function.args[0], I64(place), 8) for place, name in enumerate(ARGUMENTS)}
+        self._begin("arrange")
+        if kernel.tiles:
+            self._pairs()
+        self.b.ret_void()
+        function = self._begin("kernel")
+        b = self.b
         take, work, done = (b.append_basic_block() for _ in range(3))
         if kernel.tiles:
             self._units("ldtilecfg", self._pointer(I64(ALL_TILES.ctypes.data)))
@@ -171,6 +183,31 @@ class _Emitter:
             self._units("tilerelease")
         b.ret_void()
 
+    def _begin(self, name: str) -> ir.Function:
+        """Begin a function of what ARGUMENTS lie at an address."""
+        function = ir.Function(self.module, ir.FunctionType(ir.VoidType(), [I64]), name)
+        self.b = ir.IRBuilder(function.append_basic_block())
+        self.at = {name: self._load(I64, function.args[0], I64(place), 8) for place, name in enumerate(ARGUMENTS)}
+        return function
+
+    def _pairs(self) -> None:
+        """Emit the code that writes pairs of columns, as one number, of all vectors of a tile side by side."""
+        b, at = self.b, self.at
+        pairs = b.lshr(at["columns"], I64(1))
+        for tile in range(self.kernel.tiles):
+            to = b.add(at["pairs"], b.mul(pairs, I64(4 * TILE * tile)))
+            sources = [b.add(at["x"], b.mul(b.mul(self._vector(vector), at["columns"]), I64(2)))
+                       for vector in range(TILE * tile, TILE * (tile + 1))]
+            with for_range_slice(b, I64(0), pairs, I64(1)) as (pair, _):
+                for number, source in enumerate(sources):
+                    value = self._load(I32, source, pair, 4)
+                    self._store(value, to, b.add(b.mul(pair, I64(TILE)), I64(number)), 4)
+
+    def _vector(self, number: int) -> ir.Value:
+        """Return the number of a tile's vector: those behind the last vector repeat it."""
+        last = self.b.sub(self.at["vectors"], I64(1))
+        return self.b.select(self.b.icmp_signed("<", I64(number), last), I64(number), last)
+
     def _row(self, row: ir.Value) -> None:
         """Emit the code for one row: its products with all vectors, or its expansion."""
         b, kernel, at, width = self.b, self.kernel, self.at, self.width
@@ -187,8 +224,8 @@ class _Emitter:
                 flat = b.add(b.mul(row, at["columns"]), first)
                 for done in range(0, COLUMNS, width):
                     parts = take(flat, done, place, table)
-                    if not kernel.tokens:
-                        self._write(b.add(flat, I64(done)), parts)
+                    for number, weights in enumerate(() if kernel.tokens else self._in_order(parts)):
+                        self._write(weights, b.add(flat, I64(done + 32 * number)), kernel.dtype)
                     for token, totals in enumerate(sums):
                         x = b.add(b.mul(I64(token), at["columns"]), first)
                         for number, part in enumerate(parts):
@@ -199,13 +236,15 @@ class _Emitter:
             total = functools.reduce(b.fadd, map(b.load, totals))
             total = self._call(f"llvm.vector.reduce.fadd.v{kind.count}f32", F32, F32(-0.0), total,
                                fastmath=("reassoc",))
-            self._store(total, b.add(b.mul(I64(token), at["rows"]), row), 4)
+            total = b.insert_element(ir.Constant(ir.VectorType(F32, 1), ir.Undefined), total, I32(0))
+            self._write(total, b.add(b.mul(I64(token), at["rows"]), row), kernel.writes)
 
     def _tile(self, first: ir.Value) -> None:
-        """Emit the code for the products of TILE rows with all vectors; those behind the last row repeat it."""
+        """Emit the code for the products of TILE rows with all vectors; the last TILE rows are taken as a whole."""
         b, kernel, at, width = self.b, self.kernel, self.at, self.width
         take = self._look_up if kernel.kind == "codes" else self._expand
-        last, size, weights = b.sub(at["rows"], I64(1)), b.udiv(at["columns"], at["groups"]), self.weights
+        last, size, weights = b.sub(at["rows"], I64(TILE)), b.udiv(at["columns"], at["groups"]), self.weights
+        first = b.select(b.icmp_signed("<", first, last), first, last)
         for tile in range(kernel.tiles):
             self._units("tilezero", I8(tile))
         with for_range_slice(b, I64(0), at["columns"], I64(BLOCK)) as (start, _):
@@ -213,7 +252,6 @@ class _Emitter:
             stop = b.select(b.icmp_signed("<", stop, at["columns"]), stop, at["columns"])
             with for_range_slice(b, I64(0), I64(TILE), I64(1)) as (number, _):
                 row = b.add(first, number)
-                row = b.select(b.icmp_signed("<", row, last), row, last)
                 block = b.add(b.mul(row, at["blocks"]), b.udiv(start, I64(BLOCK)))
                 place, line = alloca_once_value(b, I64(0)), b.add(weights, b.mul(number, I64(LINE)))
                 b.store(b.zext(self._load(I32, at["offsets"], block, 4), I64), place)
@@ -222,20 +260,34 @@ class _Emitter:
                     table, flat = self._table(group) if kernel.wbits else None, b.add(b.mul(row, at["columns"]), column)
                     to = b.add(line, b.mul(b.sub(column, start), I64(2)))
                     for done in range(0, COLUMNS, width):
-                        for part, values in enumerate(take(flat, done, place, table), done // 32):
+                        for part, values in enumerate(self._in_order(take(flat, done, place, table)), done // 32):
                             b.store(values, self._pointer(b.add(to, I64(64 * part))), align=64)
             with for_range_slice(b, start, stop, I64(32)) as (column, _):
                 factor, vectors = I8(TILES), I8(TILES + 1)
                 source = b.add(weights, b.mul(b.sub(column, start), I64(2)))
                 self._units("tileloadd64", factor, self._pointer(source), I64(LINE))
                 for tile in range(kernel.tiles):
-                    pair = b.lshr(b.add(b.mul(I64(tile), at["columns"]), column), I64(1))
-                    self._units("tileloadd64", vectors, self._pointer(b.add(at["x"], b.mul(pair, I64(64)))), I64(64))
+                    pairs = b.mul(b.add(b.mul(I64(tile), at["columns"]), column), I64(2 * TILE))
+                    self._units("tileloadd64", vectors, self._pointer(b.add(at["pairs"], pairs)), I64(4 * TILE))
                     self._units("tdpbf16ps", I8(tile), factor, vectors)
         for tile in range(kernel.tiles):
-            y = b.add(b.mul(first, I64(kernel.tiles)), I64(tile))
-            y = b.add(at["y"], b.mul(y, I64(4 * TILE)))
-            self._units("tilestored64", I8(tile), self._pointer(y), I64(4 * TILE * kernel.tiles))
+            self._units("tilestored64", I8(tile), self._pointer(weights), I64(4 * TILE))
+            products = self._transposed([self._load(ir.VectorType(F32, TILE), weights, I64(row), 4 * TILE)
+                                         for row in range(TILE)])
+            for vector, values in enumerate(products, TILE * tile):
+                self._write(values, b.add(b.mul(self._vector(vector), at["rows"]), first), kernel.writes)
+
+    def _transposed(self, rows: list[ir.Value]) -> list[ir.Value]:
+        """Return the columns of TILE rows of as many values. A step swaps a bit of the row with one of the column."""
+        for step in (1, 2, 4, 8):
+            orders = ([lane if not lane & step else TILE + lane - step for lane in range(TILE)],
+                      [TILE + lane if lane & step else lane + step for lane in range(TILE)])
+            for row in range(TILE):
+                if not row & step:
+                    pair = rows[row], rows[row | step]
+                    rows[row], rows[row | step] = (self.b.shuffle_vector(*pair, ir.Constant(
+                        ir.VectorType(I32, TILE), order)) for order in orders)
+        return rows
 
     def _units(self, name: str, *values: ir.Value) -> None:
         self._call(f"llvm.x86.{name}", ir.VoidType(), *values)
@@ -286,7 +338,7 @@ class _Emitter:
         units = self._load(kind, self.at["units"], b.mul(zero, I64(16)), 4)
         scale = self._load(STORED[self.kernel.dtype], self.at["scale"], group, self.kernel.dtype.itemsize)
         scale = self._floats(self._splat(ir.VectorType(scale.type, 16), scale))
-        return self._floats(self._round(b.fmul(units, scale)))
+        return self._floats(self._round(b.fmul(units, scale), self.kernel.dtype))
 
     def _kept(self, flat: ir.Value, done: int, place: ir.Value) -> tuple[ir.Value, ir.Value]:
         """Return the mask of the next columns and the first bit of the first kept weight, and move the place on."""
@@ -294,7 +346,7 @@ class _Emitter:
         index, mask = b.load(place), self._load(ir.IntType(self.width), self.at["mask"], byte)
         b.store(b.add(index, b.zext(b.ctpop(mask), I64)), place)
         bit = b.mul(index, I64(self.bits))
-        for name, offset in (("mask", byte), ("data", b.lshr(bit, I64(3)))) if done % 32 == 0 else ():
+        for name, offset in (("mask", byte), ("data", b.lshr(bit, I64(3)))) if done == 0 else ():
             ahead = b.inttoptr(b.add(b.add(self.at[name], offset), I64(AHEAD)), ir.PointerType())
             self._call("llvm.prefetch.p0", ir.VoidType(), ahead, I32(0), I32(3), I32(1))
         return mask, bit
@@ -320,11 +372,11 @@ class _Emitter:
             return b.bitcast(b.shl(bits, _all(bits.type, 16)), wide)
         return b.fpext(values, wide) if self.kernel.dtype == torch.float16 else values
 
-    def _round(self, values: ir.Value) -> ir.Value:
-        """Convert float32 values to the stored dtype, rounding to the nearest, ties to even."""
-        b, stored = self.b, ir.VectorType(STORED[self.kernel.dtype], values.type.count)
-        if self.kernel.dtype != torch.bfloat16:
-            return b.fptrunc(values, stored) if self.kernel.dtype == torch.float16 else values
+    def _round(self, values: ir.Value, dtype: torch.dtype) -> ir.Value:
+        """Convert float32 values to a stored dtype, rounding to the nearest, ties to even."""
+        b, stored = self.b, ir.VectorType(STORED[dtype], values.type.count)
+        if dtype != torch.bfloat16:
+            return b.fptrunc(values, stored) if dtype == torch.float16 else values
         bits = b.bitcast(values, ir.VectorType(I32, stored.count))
         all_ = functools.partial(_all, bits.type)
         odd = b.and_(b.lshr(bits, all_(16)), all_(1))
@@ -348,20 +400,24 @@ class _Emitter:
             total = b.fadd(b.fmul(part, x_part, flags=["contract"]), total, flags=["contract"])
         return total
 
-    def _write(self, flat: ir.Value, parts: list[ir.Value]) -> None:
-        """Write weights to the expanded matrix."""
-        weights = parts[0]
-        if len(parts) > 1:
-            pairs = [half for column in range(32) for half in (column, column + 32)]
-            weights = self.b.shuffle_vector(*parts, ir.Constant(ir.VectorType(I32, 64), pairs))
-        self._store(weights if self.width >= 32 else self._round(weights), flat, self.kernel.dtype.itemsize)
+    def _in_order(self, parts: list[ir.Value]) -> list[ir.Value]:
+        """Return the weights of consecutive columns, given a step's, or those of its even and of its odd columns."""
+        if len(parts) == 1:
+            return parts
+        orders = [[half for column in range(start, start + 16) for half in (column, column + 32)] for start in (0, 16)]
+        return [self.b.shuffle_vector(*parts, ir.Constant(ir.VectorType(I32, 32), order)) for order in orders]
+
+    def _write(self, values: ir.Value, index: ir.Value, dtype: torch.dtype) -> None:
+        """Write numbers of a dtype to y, rounded to it if they are float32."""
+        values = self._round(values, dtype) if values.type.element == F32 else values
+        self._store(values, self.at["y"], index, dtype.itemsize)
 
     def _load(self, kind: ir.Type, base: ir.Value, index: ir.Value, size: int = 1) -> ir.Value:
         address = self.b.add(base, self.b.mul(index, I64(size)))
         return self.b.load(self.b.inttoptr(address, ir.PointerType()), typ=kind, align=1)
 
-    def _store(self, value: ir.Value, index: ir.Value, size: int) -> None:
-        address = self.b.add(self.at["y"], self.b.mul(index, I64(size)))
+    def _store(self, value: ir.Value, base: ir.Value, index: ir.Value, size: int) -> None:
+        address = self.b.add(base, self.b.mul(index, I64(size)))
         self.b.store(value, self.b.inttoptr(address, ir.PointerType()), align=1)
 
     def _call(self, name: str, kind: ir.Type, *values: ir.Value, **options: Sequence[str]) -> ir.Value:

@@ -24,7 +24,7 @@ from mixgpt.common import distributed, memory, program, progress
 from mixgpt.common.runtime import wide
 from mixgpt.modeling.linears import Key, linears
 from mixgpt.modeling.placing import READER, allocate_together, in_turn, on_device
-from mixgpt.modeling.running import SLICE, HiddenStates, StreamedModel, by_rows
+from mixgpt.modeling.running import SLICE, HiddenStates, StreamedModel, by_rows, rows_at_once
 from mixgpt.modeling.streaming import disk_weights
 from mixgpt.pruning.needs import Way
 from mixgpt.quant import Grid
@@ -171,11 +171,10 @@ class Training:
             distributed.all_reduce(*gradients)
         for (name, state), gradient in zip(states.items(), gradients, strict=True):
             norm = torch.linalg.vector_norm(wide(gradient), dim=1, keepdim=True)  # (rows, 1)
-            size = state.size(weights[name])
-            self.fall += size * norm.sum()
+            self.fall += state.size * norm.sum()
             if rates:
-                factor = torch.where(norm > 0, rates[type(state)] * size / norm, 0)
-                state.move(weights[name], fetched[name], gradient.to(torch.float32, copy=True).mul_(factor))
+                factor = torch.where(norm > 0, rates[type(state)] * state.size / norm, 0)
+                state.move(weights[name], fetched[name], gradient, factor)
             if self.places[index] and not self.way.whole:
                 fetched[name]["weight"] = weights[name].detach()
         if rates is None:
@@ -254,9 +253,11 @@ class _Weight:
 
     def __init__(self) -> None:
         self.kept: dict[str, Tensor] = {}  # between the turns of its layer
+        self.size: Tensor | float = 0.0  # the root mean square norm of rows, at first
 
     def begin(self, weight: Tensor) -> dict[str, Tensor]:
         """Return what will be kept of a weight."""
+        self.size = torch.linalg.vector_norm(wide(weight)) / len(weight) ** 0.5
         return {"below": torch.zeros_like(weight, dtype=torch.bfloat16)} if weight.itemsize == 2 else {}
 
     def gradient(self, weight: Tensor) -> Tensor:
@@ -266,18 +267,19 @@ class _Weight:
         # A boolean mask would take many times as long as this one of floats on a CPU.
         return weight.grad.mul_(torch.ne(weight, 0, out=torch.empty_like(weight)))
 
-    def size(self, weight: Tensor) -> Tensor:
-        """Return the root mean square norm of rows."""
-        return torch.linalg.vector_norm(wide(weight)) / len(weight) ** 0.5
-
-    def move(self, weight: Tensor, kept: dict[str, Tensor], change: Tensor) -> None:
-        """Subtract a change."""
-        if not kept:
-            weight.sub_(change)
-            return
-        exact = kept["below"].float().add_(weight).sub_(change)
-        weight.copy_(exact)
-        kept["below"].copy_(exact.sub_(weight))
+    def move(self, weight: Tensor, kept: dict[str, Tensor], gradient: Tensor, factor: Tensor) -> None:
+        """Subtract the gradient times a factor of each row (rows, 1)."""
+        parts = weight, gradient, factor, *kept.values()
+        # A CPU's cache holds the float32 numbers of some rows.
+        rows = rows_at_once(weight.device, weight.shape[1]) if weight.device.type == "cpu" else len(weight)
+        for w, g, f, *below in zip(*(part.split(rows) for part in parts), strict=True):
+            change = g.to(torch.float32, copy=True).mul_(f)
+            if not below:
+                w.sub_(change)
+                continue
+            exact = below[0].float().add_(w).sub_(change)
+            w.copy_(exact)
+            below[0].copy_(exact.sub_(w))
 
     def finish(self, weight: Tensor, dtype: torch.dtype) -> None:
         """Round the weight to the dtype on disk."""
@@ -292,6 +294,7 @@ class _Scales:
         self.grid, self.result = replace(grid, scale=grid.scale.clone()), result
         self.kept: dict[str, Tensor] = {}
         self.before, self.factors = grid.scale.float(), torch.ones_like(grid.scale, dtype=torch.float32)
+        self.size = grid.scale.shape[1] ** 0.5  # the root mean square norm of rows of the factors, at first
         self.order = grid.group.argsort(stable=True)  # All groups have one width.
 
     def begin(self, weight: Tensor) -> dict[str, Tensor]:
@@ -305,13 +308,9 @@ class _Scales:
         products = weight.grad.float().mul_(weight)
         return products[:, self.order].view(*self.before.shape, -1).sum(-1).div_(self.factors)
 
-    def size(self, weight: Tensor) -> Tensor:
-        """Return the root mean square norm of rows."""
-        return torch.linalg.vector_norm(self.factors) / len(self.factors) ** 0.5
-
-    def move(self, weight: Tensor, kept: dict[str, Tensor], change: Tensor) -> None:
-        """Subtract a change of the factors."""
-        self.factors.sub_(change)
+    def move(self, weight: Tensor, kept: dict[str, Tensor], gradient: Tensor, factor: Tensor) -> None:
+        """Subtract the gradient times a factor of each row (rows, 1) from the factors."""
+        self.factors.sub_(gradient.float().mul_(factor))
         self.grid.scale.copy_(self.before * self.factors)
         weight.copy_(self.grid.weights(kept["codes"]))
 

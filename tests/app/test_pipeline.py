@@ -370,6 +370,13 @@ def test_best_takes_gradients_from_half_of_the_sequences_and_the_likely_tokens(a
     assert seen == expected
 
 
+@pytest.mark.parametrize("N, T, count", [(1, 512, 1), (5, 512, 3), (16, 512, 8), (32, 512, 8), (128, 2048, 8),
+                                         (128, 128, 32), (40, 8, 20)])
+def test_gradients_need_a_part_of_the_text(N, T, count):
+    numbers = allocating.with_gradients(N, T)
+    assert len(numbers) == count and numbers[0] == 0 and N - numbers[-1] <= numbers.step
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run(prune, monkeypatch):
     gradient = fisher._sampled_gradient
     monkeypatch.setattr(fisher, "_sampled_gradient", lambda *given: gradient(*given).index_fill_(

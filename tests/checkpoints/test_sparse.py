@@ -66,6 +66,15 @@ def test_products_and_expansions_are_those_of_the_dense_matrix_by_every_kind_of_
                 assert torch.equal(y, packed.multiply(x))
 
 
+@pytest.mark.parametrize("tokens", [1, FEW, MOST])
+def test_a_sum_with_a_bias_is_rounded_once(tokens):
+    packed, W = packed_and_dense(70, 128, torch.bfloat16)
+    x, bias = torch.randint(-64, 64, (tokens, 128)).bfloat16(), torch.full((70,), 3.0).bfloat16()
+    packed.values[:] = packed.values.sign()  # All products and sums are exact.
+    exact = x.float() @ packed.expand().float().t() + bias.float()
+    assert torch.equal(packed.multiply(x, bias), exact.bfloat16())
+
+
 @pytest.mark.parametrize("rows, columns, sparsity", [(1, 2, 0.5), (33, 7, 0.5), (5, 100, 0.99), (64, 64, 0.07),
                                                      (3, 1100, 0.5), (3, 1152, 0.5), (3, 64, 1.0)])
 @pytest.mark.parametrize("scheme", [None, Scheme(3)], ids=str)

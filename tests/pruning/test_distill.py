@@ -181,12 +181,14 @@ def test_steps_would_end_at_zero_if_the_divergence_were_linear_and_later_ones_ar
         assert torch.equal(scene.weight(key) == 0, start[key] == 0)
 
 
-def test_sixteen_bits_and_those_below_add_up_small_changes():
+def test_sixteen_bits_and_those_below_add_up_small_changes(monkeypatch):
+    monkeypatch.setattr(training, "rows_at_once", lambda device, columns: 2)
     weight, state = torch.ones(3, 4, dtype=torch.bfloat16), training._Weight()
-    kept = state.begin(weight)
+    kept, factors = state.begin(weight), torch.tensor([[1.0], [0.0], [0.5]])
     for _ in range(256):
-        state.move(weight, kept, torch.full((3, 4), 2.0**-13))  # bfloat16 rounds each of them to nothing.
-    assert (weight.float() + kept["below"].float() == 1 - 2.0**-5).all() and (weight == 1 - 2.0**-5).all()
+        state.move(weight, kept, torch.full((3, 4), 2.0**-13), factors)  # bfloat16 rounds each of them to nothing.
+    expected = (1 - 2.0**-5 * factors).expand(3, 4)
+    assert torch.equal(weight.float() + kept["below"].float(), expected) and torch.equal(weight.float(), expected)
 
 
 @pytest.mark.parametrize("way", WAYS[1:], ids=str)
