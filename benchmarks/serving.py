@@ -10,8 +10,8 @@ import os
 import statistics
 import time
 
-QUIET = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_LOGGING_LEVEL": "WARNING", "DO_NOT_TRACK": "1",
-         "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
+SETTINGS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", "DO_NOT_TRACK": "1",
+            "VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": os.environ.get("VLLM_CPU_KVCACHE_SPACE", "1")}
 
 
 def tokens_per_second(engine, sequences, tokens):
@@ -31,7 +31,7 @@ def main(argv=None):
     parser.add_argument("--tokens", type=int, default=48, help="of each sequence")
     parser.add_argument("--rounds", type=int, default=5)
     given = parser.parse_args(argv)
-    os.environ.update(QUIET)
+    os.environ.update(SETTINGS)
     from vllm import LLM
     # Both are in this process: an engine in a process of its own computes, or waits in a loop, beside the other one.
     dense, packed = (LLM(folder, max_model_len=512, max_num_seqs=64) for folder in (given.dense, given.packed))
