@@ -20,6 +20,7 @@ from mixgpt.common import distributed
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.memory import MemoryPlan
 from mixgpt.evaluation import measures
+from mixgpt.evaluation.distance import Distance
 from mixgpt.evaluation.measures import perplexities
 from mixgpt.kernels import selection
 from mixgpt.modeling import streaming
@@ -50,6 +51,8 @@ def made(name, true_sequential, wbits, more=""):
     traces = [hessian_traces(streamed, list(selected), tokens, name, 1) for name in ESTIMATORS]
     if mixture:
         traces += expert_removal.expert_scores(streamed, tokens).values()
+    distance = Distance()
+    perplexities(model, {"": tokens}, 2, CPU, behind=distance.keep)
     plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []
     if more == "best":
         run = Run(Settings("tiny", "builtin", sparsity=0.5, preset=more), CPU, streamed.clock, model.config, None,
@@ -76,7 +79,8 @@ def made(name, true_sequential, wbits, more=""):
     return {"traces": traces, "state": model.state_dict(), "rows": sum(solved),
             "outcomes": {key: (outcome.error, outcome.percdamp, outcome.grid and outcome.grid.scale)
                          for key, outcome in outcomes.items()},
-            "perplexity": [perplexities(model, {"": part}, 2, CPU)[""] for part in (tokens, tokens[:1])]}
+            "perplexity": [perplexities(model, {"": part}, 2, CPU, behind=distance.compare)[""]
+                           for part in (tokens[:1], tokens)], "distance": distance.result()[""]}
 
 
 def made_of_all():

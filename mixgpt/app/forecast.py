@@ -22,14 +22,14 @@ from mixgpt.checkpoints import card, load
 from mixgpt.common import choices, distributed, errors, memory, runtime
 from mixgpt.common.errors import InputError
 from mixgpt.common.progress import table
-from mixgpt.evaluation import measures, selfcheck
+from mixgpt.evaluation import distance, measures, selfcheck
 from mixgpt.modeling import decoder, experts
 from mixgpt.modeling.placing import in_turn, place_for
 from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill, needs, training
 
 UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-TEST_TOKENS = {"wikitext2": 330_000, "ptb": 110_000, "builtin": 25_000}  # Most tokenizers give about so many.
+TEST_TOKENS = {"wikitext2": 330_000, "ptb": 110_000, "builtin": 25_000, "code": 190_000}  # for most tokenizers
 SEQUENCES = 2  # A layer is timed with so many calibration sequences.
 ENOUGH = 2048  # On fewer tokens, what evaluation begins with takes longer than a layer.
 STEPS = 4  # So many steps of distillation are timed.
@@ -79,13 +79,15 @@ def memory_needs(run: Run) -> list[Need]:
     layer, rest = needs.layer_bytes(run.model), needs.rest_bytes(run.model)
     distilled, distilling = settings.extra_counts[1] * T, training_need(run) if settings.distill else needs.Taken(0)
     trained = distilled // world * run.token_bytes * run.distills  # The dense model's states wait until they are used.
-    tested = sum(test_tokens(run))
+    tested, compared = sum(test_tokens(run)), 0.0
+    if settings.dense and settings.method() != "dense":
+        compared = sum(min(count, distance.TOKENS) for count in test_tokens(run)) // world * run.token_bytes
     read = {"dense model": tested, "evaluation": tested, "reference": distilled, "experts": settings.nsamples * T}
     for stage in run.stages:
-        work, host, states, disk = 0.0, layer + trained, 0.0, 0.0
+        work, host, states, disk = 0.0, layer + trained + compared, 0.0, 0.0
         if stage in read:
             work = max(layer + needs.batch_bytes(streamed, T), rest + needs.head_bytes(streamed, T, V, 1))
-            host, states = layer + trained * (stage == "reference"), read[stage] // world * run.token_bytes
+            host, states = layer + compared + trained * (stage == "reference"), read[stage] // world * run.token_bytes
         elif stage in ("sensitivity", "gradients"):
             count, kinds = (settings.nsamples, 2) if stage == "sensitivity" else (
                 len(with_gradients(settings.nsamples, T)), 1)
@@ -96,7 +98,7 @@ def memory_needs(run: Run) -> list[Need]:
                                                        rest + needs.head_bytes(streamed, T, narrow, 2))
             host += borders * (place == "host")
         elif stage == "distillation":
-            work, host, disk = distilling.device, trained + distilling.host, distilling.disk
+            work, host, disk = distilling.device, trained + compared + distilling.host, distilling.disk
         elif stage == "saving":
             host = saving_bytes(load.size(run.config, run.dtype), settings.save_format)
         elif not settings.calibrates:

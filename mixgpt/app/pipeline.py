@@ -15,6 +15,7 @@ from mixgpt.app.settings import EVALUATION, REPORT, Settings
 from mixgpt.checkpoints import card, load, run_dir
 from mixgpt.common import choices, errors, runtime
 from mixgpt.evaluation import measures
+from mixgpt.evaluation.distance import Distance
 from mixgpt.modeling.decoder import path_of
 from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning.targets import Outcome
@@ -51,15 +52,17 @@ def execute(settings: Settings, command: str | None = None, model: PreTrainedMod
             return {}
         opening.open_run(run, stack, command, texts)
         forecast.announce(run, execute)
+        distance = None
         if settings.dense and settings.method() != "dense":
             if settings.eval or settings.tasks:
                 run.begin("dense model")
-            _add_scores(run, "dense", _perplexities(run, run.model))
+            distance = Distance()
+            _add_scores(run, "dense", _perplexities(run, run.model, behind=distance.keep))
         plan = allocating.choose(run)
         probe = torch.arange(min(PROBE, run.seqlen))[None] % run.config.vocab_size
         survey = measures.Survey(StreamedModel(run.model, device, 1), probe if settings.save else None)
         outcomes = compression.compress(run, plan, survey)
-        method = _finish(run, plan, outcomes, survey)
+        method = _finish(run, plan, outcomes, survey, distance)
         record = run.record | {"seconds": clock.seconds(), "peak_memory": runtime.peak_memory(device)}
         if settings.save:
             run.folder.write_json(run.folder.path / choices.RECORD, record)
@@ -71,11 +74,11 @@ def execute(settings: Settings, command: str | None = None, model: PreTrainedMod
         return record
 
 
-def _perplexities(run: Run, model: PreTrainedModel, observe: Callable | None = None) -> dict[str, float]:
-    """Return the perplexities of a model on the test sets. observe: as in `measures.perplexities`."""
+def _perplexities(run: Run, model: PreTrainedModel, **functions: Callable | None) -> dict[str, float]:
+    """Return the perplexities of a model on the test sets. functions: as `measures.perplexities` takes them."""
     with run.clock.part("evaluation"):
         return run.retry(lambda plan: measures.perplexities(
-            model, run.tests, plan.batch_size, run.device, observe=observe))
+            model, run.tests, plan.batch_size, run.device, **functions))
 
 
 def _add_scores(run: Run, method: str, perplexities: dict[str, float]) -> None:
@@ -86,11 +89,11 @@ def _add_scores(run: Run, method: str, perplexities: dict[str, float]) -> None:
             run.record.setdefault("tasks", {})[method] = run.retry(lambda plan: score(run.model, plan.batch_size))
 
 
-def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Outcome], survey: measures.Survey
-            ) -> str:
+def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Outcome], survey: measures.Survey,
+            distance: Distance | None) -> str:
     """Save the model if asked to, and measure what is reported in one pass. Returns its name in the report.
 
-    survey: of the model in memory, with which the saved one is compared.
+    survey: of the model in memory, with which the saved one is compared. distance: it keeps the dense model's states.
     """
     settings, final, found = run.settings, run.model, survey
     if settings.save:
@@ -104,7 +107,7 @@ def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Out
         found = measures.Survey(replace(survey.streamed, model=final), survey.tokens)
     if settings.eval or settings.tasks:
         run.begin("evaluation")
-    perplexities = _perplexities(run, final, found.take)
+    perplexities = _perplexities(run, final, observe=found.take, behind=distance and distance.compare)
     with run.clock.part("verification"):
         zeros, logits = found.finish()
         expected_zeros, expected = survey.finish()  # The same, unless the model is saved.
@@ -126,4 +129,6 @@ def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Out
     if method == "dense" and run.record["sparsity"] > PRUNED:
         method = "as given"
     _add_scores(run, method, perplexities)
+    if distance and run.tests:
+        run.record["distance"] = {method: distance.result()}
     return method

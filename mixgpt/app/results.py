@@ -14,14 +14,14 @@ import pandas as pd
 
 from mixgpt.app.cli import Parser, reported
 from mixgpt.app.settings import EVALUATION, RESULT, having_effect, recipe
-from mixgpt.common.choices import NO_METRICS, RECORD, is_interrupted_run
+from mixgpt.common.choices import NO_METRICS, RECORD, TOP, is_interrupted_run
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.files import check_outputs, write_output
 from mixgpt.common.program import SCHEMA, check_signature
 from mixgpt.common.progress import table
 
 ABOUT = ("model", "seed")  # These columns, like dense results, stand above the table if all rows agree in them.
-FORMATS = {"sparsity": "{:.2%}", "seconds": "{:.0f}"}  # Numbers in other columns have two digits.
+FORMATS = {"sparsity": "{:.2%}", "seconds": "{:.0f}", " KL": "{:.3f}", TOP: "{:.1%}"}  # by the end of a column's name
 Runs = list[dict[str, Any]]  # `read` returns each of them.
 
 
@@ -96,6 +96,8 @@ def table_of(runs: Runs) -> pd.DataFrame:
         for name, value in run["perplexity"].get(run["method"], {}).items():
             perplexities |= {f"{name} ppl": "nan" if math.isnan(value) else value,
                              f"dense {name}": dense_of(run, name)}
+            perplexities |= {f"{name} {measure}": value for measure, value in run.get("distance", {}).get(
+                run["method"], {}).get(name, {}).items() if measure in ("KL", TOP)}
         scores = {f"{task} {metric}": value for task, values in run.get("tasks", {}).get(run["method"], {}).items()
                   for metric, value in values.items() if metric not in NO_METRICS and not metric.endswith("_stderr")}
         costs = {"seconds": sum(run["seconds"].values())} | {
@@ -109,7 +111,7 @@ def text_of(runs: Runs, markdown: bool = False) -> str:
     """Return the table as text, for a terminal or in Markdown, with values common to all runs listed once above it."""
     cells = table_of(runs).loc[:, :"file"].drop(columns="file")
     for name in cells:
-        number = FORMATS.get(name, "{:.2f}")
+        number = next((text for end, text in FORMATS.items() if name.endswith(end)), "{:.2f}")
         cells[name] = ["-" if pd.isna(value) else number.format(value) if isinstance(value, float) else str(value)
                        for value in cells[name]]
     cells = cells.loc[:, (cells != "-").any()]

@@ -88,7 +88,7 @@ class Tracker(contextlib.AbstractContextManager):
     def result(self, record: dict[str, Any], method: str) -> None:
         """Log the record of the run: every matrix as a table, all else as summary numbers."""
         matrices = pd.DataFrame(record["matrices"]).drop(columns="shape", errors="ignore")
-        nested = {kind if model == method else f"{model}_{kind}": values for kind in ("perplexity", "tasks")
+        nested = {kind if model == method else f"{model}_{kind}": values for kind in ("perplexity", "distance", "tasks")
                   for model, values in record.get(kind, {}).items()}
         scores, = pd.json_normalize(nested, sep="/").to_dict("records")
         self.run.log({"matrices": self.wandb.Table(dataframe=matrices)} | scores)

@@ -54,6 +54,15 @@ def builtin_rows(split: str) -> tuple[list[str], dict[str, Any]]:
     return paragraphs[:border] if split == "train" else paragraphs[border:], {"sha256": sha256}
 
 
+def code_rows(split: str) -> tuple[list[str], dict[str, Any]]:
+    """Return source files of Python's standard library, those of two packages for test, and the sha256 of all."""
+    library = Path(os.__file__).parent
+    folders = [library / name for name in ("asyncio", "email")] if split == "test" else [library]
+    files = [file.read_text(encoding="utf-8", errors="replace") for folder in folders
+             for file in sorted(folder.glob("*.py"))]
+    return files, {"sha256": _digest(files)}
+
+
 DATASETS = Registry({
     "wikitext2": TextSet(
         "raw WikiText-2", train_join=" ", hub_id="Salesforce/wikitext", hub_options={"name": "wikitext-2-raw-v1"},
@@ -68,6 +77,7 @@ DATASETS = Registry({
                    "validation": "en/c4-validation.00000-of-00008.json.gz"},
         by_document=True, test_documents=1100, test_segments=256, local="en/c4-{split}.00000-of-*.json.gz"),
     "builtin": TextSet("CPython's own reference manual, which needs no download", builtin_rows),
+    "code": TextSet("source code of CPython's standard library, which needs no download", code_rows, by_document=True),
 })
 
 

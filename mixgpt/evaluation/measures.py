@@ -18,11 +18,13 @@ from mixgpt.modeling.running import SLICE, HiddenStates, StreamedModel, by_rows
 
 @torch.no_grad()
 def perplexities(model: PreTrainedModel, tests: dict[str, Tensor], batch_size: int, device: torch.device,
-                 observe: Callable[[int, nn.Module], object] | None = None) -> dict[str, float]:
+                 observe: Callable[[int, nn.Module], object] | None = None,
+                 behind: Callable[[str, Callable, HiddenStates], object] | None = None) -> dict[str, float]:
     """Return exp of the mean negative log-likelihood of test sets, {name: tokens (N, T)}, each sequence independently.
 
     T − 1 tokens of each sequence are predicted, as in SparseGPT and GPTQ, with float32 log-likelihoods. All sets pass
     through a layer before the next one is read. observe: called with (index, layer) behind each, if there are tokens.
+    behind: called with the name, the head and the `HiddenStates` behind the last layer of each set.
     """
     streamed, streams, totals = StreamedModel(model, device, batch_size), {}, dict.fromkeys(tests, 0.0)
     shares = {name: tokens[distributed.share(len(tokens))] for name, tokens in tests.items()}
@@ -37,7 +39,10 @@ def perplexities(model: PreTrainedModel, tests: dict[str, Tensor], batch_size: i
             if observe:
                 observe(index, layer)
         with stream.head(model) as head:
-            totals |= {name: negative_log_likelihood(head, stream, shares[name]) for name, stream in streams.items()}
+            for name, stream in streams.items():
+                totals[name] = negative_log_likelihood(head, stream, shares[name])
+                if behind:
+                    behind(name, head, stream)
     totals = distributed.all_gather_object(totals)
     means = {name: sum(each[name] for each in totals) / tokens[:, 1:].numel() for name, tokens in tests.items()}
     return {name: math.exp(mean) if mean < 700 else math.inf if mean == mean else math.nan  # exp overflows above 709.

@@ -276,7 +276,9 @@ def test_what_is_read_of_each_layer_is_counted(preset, most, dense, prune, tmp_p
     monkeypatch.setattr(streaming, "read", counted)
     prune("llama", "--sparsity .5 --preset", preset, "--dense" * dense, "--eval builtin", *tests, "--save",
           tmp_path / "saved")
-    assert [len(row) for row in record_of(tmp_path / "saved")["perplexity"].values()] == [3] * (1 + dense)
+    record = record_of(tmp_path / "saved")
+    assert [len(row) for row in record["perplexity"].values()] == [3] * (1 + dense)
+    assert [len(row) for row in record.get("distance", {}).values()] == [3] * dense
     assert len(counts) == 3 and max(counts.values()) <= most + dense
 
 

@@ -102,6 +102,7 @@ def test_processes_give_what_one_gives_and_all_the_same(in_processes):
                 torch.testing.assert_close(traces, wanted, rtol=1e-4, atol=1e-7)
             loose = 0.1 if "best" in case else 0
             assert result["perplexity"] == pytest.approx(expected["perplexity"], rel=loose or 1e-4)
+            assert result["distance"] == pytest.approx(expected["distance"], rel=loose or 1e-3)
             assert set(result["outcomes"]) == set(expected["outcomes"])
             for key, (error, percdamp, scale) in result["outcomes"].items():
                 assert (error, percdamp) == pytest.approx(expected["outcomes"][key][:2], rel=loose or 1e-3)

@@ -1,7 +1,10 @@
 """Check that texts are read from files of every form, and that a mixture draws from each what it alone gives."""
 
+import ast
+import asyncio
 import copy
 import gzip
+import inspect
 import json
 import os
 
@@ -80,6 +83,14 @@ def test_chats_become_text_by_the_chat_template(name, tokenizer, tmp_path):
     assert torch.equal(tokens, ids[:len(ids) // 8 * 8].view(-1, 8))
     samples, _ = datautils.calibration_samples(str(path), 200, 8, 0, tokenizer)
     assert len(samples) == 200 and all(sample in ids.unfold(0, 8, 1).tolist() for sample in samples.tolist())
+
+
+def test_code_is_that_of_the_standard_library_and_the_test_set_is_other_code():
+    parts = [datautils.load_rows("code", part, None) for part in ("train", "test")]
+    (train, _), (test, _) = parts
+    assert inspect.getsource(inspect) in train and inspect.getsource(asyncio.events) in test
+    assert not {*train} & {*test} and len({source["sha256"] for _, source in parts}) == 2
+    assert all(ast.parse(source) for source in test)
 
 
 @pytest.mark.parametrize("template, message", [
