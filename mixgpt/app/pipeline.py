@@ -107,7 +107,7 @@ def _finish(run: Run, plan: allocating.Plan, outcomes: dict[tuple[int, str], Out
         found = measures.Survey(replace(survey.streamed, model=final), survey.tokens)
     if settings.eval or settings.tasks:
         run.begin("evaluation")
-    perplexities = _perplexities(run, final, observe=found.take, behind=distance and distance.compare)
+    perplexities = _perplexities(run, final, observe=found.take, behind=distance.compare if distance else None)
     with run.clock.part("verification"):
         zeros, logits = found.finish()
         expected_zeros, expected = survey.finish()  # The same, unless the model is saved.

@@ -1,6 +1,7 @@
 """What fits in memory and on disks, and how a step goes on where memory has run out: with less of it."""
 
 import contextlib
+import ctypes
 import gc
 import math
 import shutil
@@ -107,6 +108,12 @@ def release() -> None:
     """Let go of memory after an error in which it ran out."""
     gc.collect()  # tensors referenced by the error's frames
     torch.cuda.empty_cache()
+
+
+def trim() -> None:
+    """Give freed memory back to the system, of which glibc keeps pieces smaller than 32 MB for itself."""
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # Other C libraries have no such function.
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def retry_with_less_memory(plan: MemoryPlan, step: Callable[[MemoryPlan], Any], again: bool = True) -> Any:

@@ -54,12 +54,12 @@ def builtin_rows(split: str) -> tuple[list[str], dict[str, Any]]:
     return paragraphs[:border] if split == "train" else paragraphs[border:], {"sha256": sha256}
 
 
-def code_rows(split: str) -> tuple[list[str], dict[str, Any]]:
+def code_rows(split: str) -> tuple[list[Row], dict[str, Any]]:
     """Return source files of Python's standard library, those of two packages for test, and the sha256 of all."""
     library = Path(os.__file__).parent
     folders = [library / name for name in ("asyncio", "email")] if split == "test" else [library]
-    files = [file.read_text(encoding="utf-8", errors="replace") for folder in folders
-             for file in sorted(folder.glob("*.py"))]
+    files: list[Row] = [file.read_text(encoding="utf-8", errors="replace") for folder in folders
+                        for file in sorted(folder.glob("*.py"))]
     return files, {"sha256": _digest(files)}
 
 

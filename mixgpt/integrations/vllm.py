@@ -22,6 +22,7 @@ from vllm.model_executor.models.utils import WeightsMapper
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from mixgpt.checkpoints.quantizer import METHOD
+from mixgpt.common import memory
 
 logger = init_logger("vllm.mixgpt")  # vLLM shows what loggers of such names say.
 PARTS = ("q", "k", "v")  # vLLM's names of the matrices in a layer that reads all three; else they are numbers.
@@ -152,6 +153,7 @@ class PackedLinearMethod(UnquantizedLinearMethod):
         logger.info_once("mixgpt: matrices are packed; kernel: %s", weight.kind(layer.weight.device))
         _packed[layer.prefix] = layer.packed = weight
         layer.weight = nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
+        memory.trim()
 
     def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Return x Wᵀ + bias."""

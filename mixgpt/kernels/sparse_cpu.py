@@ -113,7 +113,7 @@ def launch(kernel: Kernel, rows: int, columns: int, groups: int, tensors: dict[s
     data = tensors["data"]
     addresses = [tensor.data_ptr() if (tensor := tensors.get(name)) is not None else 0 for name in TENSORS[:-1]]
     # An empty tensor has no address of its own.
-    addresses.append(data.untyped_storage().data_ptr() + data.storage_offset() * data.itemsize)
+    addresses.append(data.untyped_storage().data_ptr() + int(data.storage_offset()) * data.itemsize)
     numbers = 0, rows, columns, -(-columns // BLOCK), groups, tensors["x"].numel() // columns
     values = (ctypes.c_int64 * len(ARGUMENTS))(*numbers, *addresses)
     arrange_pairs, multiply, _ = _compiled(kernel)

@@ -1,12 +1,14 @@
 """Check what the plugin for vLLM makes of matrices, where a few classes stand for vLLM's."""
 
 import importlib
+import platform
 import sys
 import tomllib
 from dataclasses import dataclass
 from types import ModuleType
 from unittest import mock
 
+import psutil
 import pytest
 import torch
 from conftest import ROOT
@@ -110,6 +112,19 @@ def test_a_merged_layer_is_packed_from_the_parts_of_the_file(loses_grids, scheme
     expected = torch.nn.functional.linear(x, W, bias)
     assert torch.allclose(method.apply(layer, x, bias), expected, rtol=0.02, atol=0.1)
     assert plugin._shape(x, bias, layer.prefix, 80).shape == expected.shape
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries give memory back by themselves")
+def test_memory_of_the_dense_weights_goes_back_to_the_system(plugin):
+    layer, process = Layer(), psutil.Process()
+    method = plugin.PackedConfig().get_quant_method(layer, "")
+    method.create_weights(layer, 16, 128, weight_loader=lambda parameter, W: parameter.copy_(W))
+    layer.weight_loader(layer.weight, matrix(16, None)[0])
+    others = [b"0" * 100_000 for _ in range(3000)]
+    del others[:-1]  # The last one holds the heap's end where it is.
+    before = process.memory_info().rss
+    method.process_weights_after_loading(layer)
+    assert layer.is_packed and process.memory_info().rss < before - 200e6 and others
 
 
 def test_a_part_of_a_quantized_matrix_is_packed_as_values(plugin):
