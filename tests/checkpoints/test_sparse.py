@@ -66,9 +66,11 @@ def test_products_and_expansions_are_those_of_the_dense_matrix_by_every_kind_of_
                 assert torch.equal(y, packed.multiply(x))
 
 
-@pytest.mark.parametrize("tokens", [1, FEW, MOST])
+@pytest.mark.parametrize("tokens", [1, 3, FEW])  # With AMX the latter are multiplied in the matrix units.
 def test_a_sum_with_a_bias_is_rounded_once(tokens):
-    packed, W = packed_and_dense(70, 128, torch.bfloat16)
+    packed, _ = packed_and_dense(70, 128, torch.bfloat16)
+    if not packed.kinds():
+        pytest.skip("there is no kernel for this CPU")
     x, bias = torch.randint(-64, 64, (tokens, 128)).bfloat16(), torch.full((70,), 3.0).bfloat16()
     packed.values[:] = packed.values.sign()  # All products and sums are exact.
     exact = x.float() @ packed.expand().float().t() + bias.float()
