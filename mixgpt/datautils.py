@@ -5,7 +5,7 @@ so that the same seed gives the same samples. BOS is the token for the beginning
 """
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,10 @@ from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 from mixgpt.common.errors import InputError, reading
 from mixgpt.common.hub import hub_reachable, silenced
-from mixgpt.common.texts import ARGUMENTS, Row, counts_of, hub_copies, read_files, text_set_of, texts_of
+from mixgpt.common.texts import ARGUMENTS, OWN, Row, counts_of, hub_copies, read_files, text_set_of, texts_of
 
+OwnText = Callable[[int, int], torch.Tensor]
+OWN_TOKENS = 16_384  # The dense model writes so many for a test.
 DRAWS = 10_000  # consecutive documents that may be too short before giving up
 # Parts of the model types that need BOS in front of every sequence: lm-eval (pull request 1465: perplexity of Gemma-7B
 # on LAMBADA 6e9 without BOS, 3.5 with it; 2049 and 2105: the others) and llama.cpp (21500: Gemma 4) add it to the same.
@@ -24,20 +26,23 @@ NEED_EACH = ("gemma",)
 
 def calibration_samples(dataset: str | list[Row], nsamples: int, seqlen: int, seed: int | str,
                         tokenizer: PreTrainedTokenizerBase, data_dir: str | None = None,
-                        bos: str | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
+                        bos: str | None = None, own: OwnText | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
     """Draw random segments (nsamples, seqlen) of a train split, or of a mixture of several, and say where from.
 
-    bos: as `token_ids` takes it; with each it replaces the first token of every segment. A mixture takes the first
-    segments that each text alone would give, and shuffles them. Raises InputError if one is unavailable or too short.
+    bos: as `token_ids` takes it; with each it replaces the first token of every segment. own: gives the next (n, T)
+    tokens of the dense model's own text. A mixture takes the first segments that each text alone would give, and
+    shuffles them. Raises InputError if one is unavailable or too short.
     """
     counts = {} if isinstance(dataset, list) else counts_of(dataset, nsamples)
     if len(counts) > 1:
-        parts, sources = zip(*(calibration_samples(text, count, seqlen, seed, tokenizer, data_dir, bos)
+        parts, sources = zip(*(calibration_samples(text, count, seqlen, seed, tokenizer, data_dir, bos, own)
                                for text, count in counts.items()), strict=True)
         order = random.Random(seed).sample(range(nsamples), nsamples)
         return torch.cat(parts)[order], {"dataset": dataset, "parts": [
             source | {"sequences": len(part)} for source, part in zip(sources, parts, strict=True)]}
     text, = counts or [dataset]
+    if text == OWN and own:
+        return begin(own(nsamples, seqlen), tokenizer, bos), {"dataset": text, "split": "train"}
     text_set, rng, segments = text_set_of(text), random.Random(seed), []
     rows, source = load_rows(text, "train", data_dir)
     if not text_set.by_document:
@@ -56,8 +61,10 @@ def calibration_samples(dataset: str | list[Row], nsamples: int, seqlen: int, se
 
 
 def test_tokens(dataset: str, seqlen: int, tokenizer: PreTrainedTokenizerBase, data_dir: str | None = None,
-                bos: str | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
+                bos: str | None = None, own: OwnText | None = None) -> tuple[torch.Tensor, dict[str, Any]]:
     """Cut a test split into segments (n, seqlen); the incomplete last one is dropped. See `calibration_samples`."""
+    if dataset == OWN and own:
+        return begin(own(max(OWN_TOKENS // seqlen, 1), seqlen), tokenizer, bos), {"dataset": dataset, "split": "test"}
     text_set = text_set_of(dataset)
     rows, source = load_rows(dataset, "test", data_dir)
     text = text_set.test_join.join(as_texts(rows[:text_set.test_documents], tokenizer))

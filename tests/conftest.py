@@ -339,7 +339,8 @@ def read_little(patch):
     """Let runs in this process read a part of the texts, and evaluate on four segments. patch: a pytest.MonkeyPatch."""
     rows, tests = datautils.load_rows, datautils.test_tokens
     patch.setattr(datautils, "load_rows", lambda *asked: (lambda found, source: (found[:50], source))(*rows(*asked)))
-    patch.setattr(opening, "test_tokens", lambda *asked: (lambda tokens, source: (tokens[:4], source))(*tests(*asked)))
+    patch.setattr(opening, "test_tokens", lambda *asked, **more: (
+        lambda tokens, source: (tokens[:4], source))(*tests(*asked, **more)))
 
 
 def command(name, arguments, log, prepare=None, given=()):

@@ -3,12 +3,15 @@
 import contextlib
 import itertools
 import os
+import tempfile
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 from unittest import mock
 
 import torch
 from conftest import CPU, VOCABULARY, as_rank, make, make_plan
+from safetensors.torch import load_file
 
 from mixgpt.allocation.traces import hessian_traces
 from mixgpt.app import allocating
@@ -19,7 +22,7 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed
 from mixgpt.common.choices import ESTIMATORS
 from mixgpt.common.memory import MemoryPlan
-from mixgpt.evaluation import measures
+from mixgpt.evaluation import measures, own_text
 from mixgpt.evaluation.distance import Distance
 from mixgpt.evaluation.measures import perplexities
 from mixgpt.kernels import selection
@@ -121,6 +124,15 @@ def selected_of_all():
         results["scores", k] = scores, mask
     magnitudes, = distributed.all_gather_shares([magnitude_prune(ours, Target(0.4))], [7])
     return results | {("magnitude", 34): (scores.abs(), magnitudes == 0)}
+
+
+def written():
+    """Return the text that a model writes itself, and what its cache holds of it."""
+    with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, XDG_CACHE_HOME=cache), \
+            mock.patch.object(own_text, "PIECE", 16):
+        begins = SimpleNamespace(bos_token_id=0, eos_token_id=1, chat_template=None)
+        text = own_text.write_text(make("llama").eval(), begins, CPU, 5 * 16, 1)
+        return text, [load_file(file)["tokens"] for file in own_text.cache_folder().glob("*")]
 
 
 def exchanged():

@@ -19,19 +19,21 @@ from mixgpt.app.allocating import with_gradients
 from mixgpt.app.checks import saving_bytes
 from mixgpt.app.run import Run
 from mixgpt.checkpoints import card, load
-from mixgpt.common import choices, distributed, errors, memory, runtime
+from mixgpt.common import choices, distributed, errors, memory, progress, runtime
 from mixgpt.common.errors import InputError
-from mixgpt.common.progress import table
-from mixgpt.evaluation import distance, measures, selfcheck
+from mixgpt.datautils import OWN_TOKENS
+from mixgpt.evaluation import distance, measures, own_text, selfcheck
 from mixgpt.modeling import decoder, experts
-from mixgpt.modeling.placing import in_turn, place_for
+from mixgpt.modeling.placing import in_turn, place_for, whole
 from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill, needs, training
 
 UNITS = {"K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}
-TEST_TOKENS = {"wikitext2": 330_000, "ptb": 110_000, "builtin": 25_000, "code": 190_000}  # for most tokenizers
+# Those of most tokenizers.
+TEST_TOKENS = {"wikitext2": 330_000, "ptb": 110_000, "builtin": 25_000, "code": 190_000, "self": OWN_TOKENS}
 SEQUENCES = 2  # A layer is timed with so many calibration sequences.
 ENOUGH = 2048  # On fewer tokens, what evaluation begins with takes longer than a layer.
+TIMED = 8  # So many tokens of the model's own text are timed.
 STEPS = 4  # So many steps of distillation are timed.
 ONCE = ("allocation", "factorisation", "rotation", "quantize", "magnitude", "rounding")  # These read no sequences.
 WORTH = 10**12  # A run of more weights times calibration tokens says how long it will take.
@@ -97,6 +99,9 @@ def memory_needs(run: Run) -> list[Need]:
             work = borders * (place == "device") + max(layer + needs.batch_bytes(streamed, T, gradients=True),
                                                        rest + needs.head_bytes(streamed, T, narrow, 2))
             host += borders * (place == "host")
+        elif stage == "own text":
+            weights, piece = needs.writing_bytes(run.model, own_text.PIECE, device)
+            work = weights + piece * min(-(-run.own_tokens // own_text.PIECE), own_text.TOGETHER)
         elif stage == "distillation":
             work, host, disk = distilling.device, trained + compared + distilling.host, distilling.disk
         elif stage == "saving":
@@ -155,6 +160,9 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
     streamed = StreamedModel(model.to("cpu"), run.device, settings.batch_size)
     tested = tokens.repeat(max(ENOUGH // tokens.numel(), 1), 1)
     layers_take, loss, divergence = layers_and_head(streamed, tested, run.distills)
+    written = -(-run.own_tokens // own_text.PIECE)
+    rows = min(written, own_text.TOGETHER)
+    token = seconds_of_a_token(streamed, rows) if rows else 0.0
     depth = sum(weight.numel() for layer in layers for weight in layer.parameters()) / sum(
         weight.numel() for layer in streamed.layers for weight in layer.parameters())
     more, size, some = settings.nsamples / few, tokens.numel(), len(with_gradients(few, T))
@@ -168,6 +176,7 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
     pruning = depth * (solving + sum(took[part] for part in ONCE) + more * (took["forward"] + took["Hessian"]))
     tests = sum(test_tokens(run)) * (depth * layers_take + loss)
     of_stage = {
+        "own text": scaled(token, loss * rows, -(-written // own_text.TOGETHER) * (own_text.PIECE - 1)),
         "dense model": tests, "evaluation": tests, "experts": scaled(took["experts"], 0, more),
         "sensitivity": scaled(took["sensitivity"], divergence * size, more * settings.nprobes),
         "gradients": scaled(took["gradients"], divergence * T * some, len(with_gradients(settings.nsamples, T)) / some),
@@ -221,6 +230,16 @@ def layers_and_head(streamed: StreamedModel, tokens: torch.Tensor, narrow: bool)
     return timed(advance, tokens.numel()), loss, divergence
 
 
+def seconds_of_a_token(streamed: StreamedModel, rows: int) -> float:
+    """Return the seconds that a model takes to write a token of each of so many pieces."""
+    clock, forced = runtime.Clock(streamed.device), torch.zeros(rows, 1, dtype=torch.long, device=streamed.device)
+    with whole(streamed.model, streamed.device), progress.bar(title="own text", disable=True) as bar:
+        for count in (1, TIMED):  # The first tokens take longer.
+            with clock.part(f"{count}"):
+                own_text.write_pieces(streamed.model, forced, 1 + count, runtime.seeded(), bar)
+    return clock.seconds()[f"{TIMED}"] / TIMED
+
+
 def text(run: Run, execute: Callable) -> str:
     """Return what a dry run prints: needs against what is free, whether it distils, and time."""
     settings, (device, free), elsewhere = run.settings, machine_of(run), run.settings.device_memory is not None
@@ -235,7 +254,8 @@ def text(run: Run, execute: Callable) -> str:
               ["free", gigabytes(free(device) if device.type == "cuda" else 0), host, disk, ""]]
     lines = [f"model    {settings.model}: {run.model.num_parameters():,} parameters, "
              f"{gigabytes(load.size(run.config, run.dtype))} GB in {str(run.model.dtype).removeprefix('torch.')}",
-             f"method   {run.method}", "", table(["GB beside the program", "GPU", "host", "TMPDIR", "time"], cells), "",
+             f"method   {run.method}", "",
+             progress.table(["GB beside the program", "GPU", "host", "TMPDIR", "time"], cells), "",
              f"program  {gigabytes(psutil.Process().memory_info().rss)} GB of the host's memory"]
     if settings.distill:
         taken = training_need(run)

@@ -2,8 +2,8 @@
 
 import contextlib
 import tempfile
+from collections.abc import Callable
 from dataclasses import asdict, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,7 +16,9 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common import distributed, memory, program
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import writing
-from mixgpt.datautils import begin, calibration_samples, test_tokens
+from mixgpt.common.texts import OWN, text_for, without_own
+from mixgpt.datautils import OWN_TOKENS, begin, calibration_samples, test_tokens
+from mixgpt.evaluation import own_text
 from mixgpt.kernels import columns
 from mixgpt.modeling import streaming
 from mixgpt.pruning import distill, needs
@@ -32,14 +34,14 @@ def open_run(run: Run, stack: contextlib.ExitStack, command: str | None = None,
     with run.clock.part("load"):
         folder = stack.enter_context(RunDir(settings.save, settings.save_format, run.disk_bytes, settings.resume,
                                             settings.overwrite)) if settings.save else None
-    with run.clock.part("data"):
-        _read_texts(run, texts)
-    with run.clock.part("load"):
         if next(run.model.parameters()).is_meta:
             whole, skeleton = load.multimodal(settings.model), run.model
             run.model = load.open_model(settings.model, run.config, run.dtype)
             if (stored := streaming.stored_dtype(skeleton)) != skeleton.dtype:
                 run.model.stored_dtype = stored
+    with run.clock.part("data"):
+        _read_texts(run, texts)
+    with run.clock.part("load"):
         run.record = report.facts(run)
         if folder:
             run.record["identity"] = asked(settings, run.device) | {
@@ -85,22 +87,22 @@ def _read_texts(run: Run, texts: list | torch.Tensor | None) -> None:
     texts: calibration text in memory, a list of strings or tokens (N, T), which are the further sequences, too.
     """
     settings, seqlen, tokenizer, sources = run.settings, run.seqlen, run.tokenizer, run.sources
-    count, width = sum(settings.extra_counts), distill.piece_length(seqlen)
+    count, options = sum(settings.extra_counts), {"data_dir": settings.data_dir, "bos": settings.bos}
     if settings.needs_calibration and isinstance(texts, torch.Tensor):
         run.calibration = begin(texts.to("cpu", copy=True), tokenizer, settings.bos)
         sources["calibration"] = {"dataset": settings.dataset, "tokens": streaming.digest(run.calibration)}
         run.further = run.calibration[torch.arange(count) % len(run.calibration)]
         begin(distill.pieces(run.further), tokenizer, settings.bos)
     elif settings.needs_calibration:
-        dataset: Any = settings.dataset if texts is None else texts
-        draw = partial(calibration_samples, dataset, tokenizer=tokenizer, data_dir=settings.data_dir, bos=settings.bos)
-        run.calibration, sources["calibration"] = draw(settings.nsamples, seqlen, settings.seed)
-        run.further = run.calibration[:0]
-        if count:  # They are drawn in pieces, as many short ones differ more than a few long ones.
-            pieces, _ = draw(count * seqlen // width, width, f"{settings.seed}, further")
-            run.further = pieces.view(count, seqlen)
+        mixture: Any
+        mixture, own = _own_text(run) if texts is None else (texts, None)
+        drawn = {what: calibration_samples(text_for(what, mixture), *asked, tokenizer, own=own, **options)
+                 for what, asked in run.draws.items() if asked[0]}
+        run.calibration, sources["calibration"] = drawn.pop("calibration")
+        run.further = torch.cat([run.calibration[:0], *(tokens.view(-1, seqlen) for tokens, _ in drawn.values())])
     for name in settings.eval:
-        segments, sources[name] = test_tokens(name, seqlen, tokenizer, settings.data_dir, settings.bos)
+        own = _taken_from(_write(run, "--eval", OWN_TOKENS, "test")) if name == OWN else None
+        segments, sources[name] = test_tokens(name, seqlen, tokenizer, own=own, **options)
         run.tests[name] = segments[:settings.eval_limit]
     for tokens in filter(torch.is_tensor, (run.calibration, run.further, *run.tests.values())):
         if tokens.numel() and tokens.max() >= run.config.vocab_size:
@@ -118,6 +120,42 @@ def _read_texts(run: Run, texts: list | torch.Tensor | None) -> None:
     tasks.check(chosen, tokenizer, load.size(run.config, run.dtype), run.device)
     run.score_tasks = lambda model, batch_size: tasks.score(
         chosen, model, tokenizer, batch_size * seqlen, run.device, settings.bos)
+
+
+def _own_text(run: Run) -> tuple[str, Callable | None]:
+    """Let the model write its part of the calibration text, if it has one.
+
+    Returns the text, in which others replace what the model cannot write, and `calibration_samples`'s `own`.
+    """
+    dataset: Any = run.settings.dataset
+    if not run.own_tokens:
+        return dataset, None
+    run.begin("own text")
+    why = own_text.obstacle(run.model, run.tokenizer, run.device)
+    if why and (others := without_own(dataset)) != dataset:
+        print(f"warning  dataset {dataset}: without {OWN}, as {why}", flush=True)
+        return others, None
+    return dataset, _taken_from(_write(run, "dataset", run.own_tokens, run.settings.seed))
+
+
+def _write(run: Run, argument: str, count: int, seed: int | str) -> torch.Tensor:
+    """Return tokens (count,) that the model writes. Raises InputError if it cannot."""
+    model = run.model, run.tokenizer, run.device
+    if why := own_text.obstacle(*model):
+        raise InputError(f"{argument} {OWN}: cannot be written, as {why}; give another text")
+    with run.clock.part("own text"):
+        return own_text.write_text(*model, count, seed)
+
+
+def _taken_from(tokens: torch.Tensor) -> Callable[[int, int], torch.Tensor]:
+    """Return a function that gives the next n sequences of T tokens, (n, T), of a text."""
+    place = 0
+
+    def take(n: int, T: int) -> torch.Tensor:
+        nonlocal place
+        place += n * T
+        return tokens[place - n * T:place].view(n, T)
+    return take
 
 
 def _plan(run: Run) -> tuple[list[str], list[str]]:

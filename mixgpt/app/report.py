@@ -16,7 +16,7 @@ from mixgpt.app.run import Run
 from mixgpt.app.settings import BOS, Settings
 from mixgpt.checkpoints import card, formats
 from mixgpt.common import distributed, files, program
-from mixgpt.common.choices import NO_METRICS, TOP
+from mixgpt.common.choices import AGAIN, NO_METRICS, TOP
 from mixgpt.common.progress import table
 from mixgpt.evaluation.measures import Counts, MatrixSparsity, total_sparsity
 from mixgpt.modeling import decoder, experts
@@ -130,11 +130,13 @@ def tables(record: dict[str, Any]) -> list[str]:
     if texts := list(next(iter(perplexities.values()))):
         found.append(table(["perplexity", *texts], [
             [model, *(f"{row[text]:.2f}" for text in texts)] for model, row in perplexities.items()]))
-    for of_text in record.get("distance", {}).values():
-        names = list(next(iter(of_text.values())))
+    if distances := record.get("distance"):
+        rows = {f"{text}, {model}" if model == AGAIN else text: values
+                for model, of_text in distances.items() for text, values in of_text.items()}
+        names = list(next(iter(rows.values())))
         found.append(table(["distance to dense", *names], [
-            [text, *(format(values[name], ".1%" if name == TOP else ".3f") for name in names)]
-            for text, values in of_text.items()]))
+            [row, *(format(values[name], ".1%" if name == TOP else ".3f") for name in names)]
+            for row, values in rows.items()]))
     rows = []
     for task, metrics in next(iter(scores.values()), {}).items():
         about = [str(metrics.get(key, "")) for key in NO_METRICS]

@@ -9,9 +9,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from mixgpt.app import tracking
-from mixgpt.app.settings import Settings
+from mixgpt.app.settings import IN_MEMORY, Settings
 from mixgpt.checkpoints import run_dir
 from mixgpt.common import distributed, memory, runtime
+from mixgpt.common.texts import OWN, counts_of, text_for
 from mixgpt.modeling import decoder
 from mixgpt.modeling.linears import Key
 from mixgpt.modeling.running import StreamedModel
@@ -71,6 +72,7 @@ class Run:
         settings = self.settings
         evaluates, compresses = bool(settings.eval or settings.tasks), settings.compresses
         return [stage for stage, planned in {
+            "own text": self.own_tokens > 0,
             "dense model": settings.dense and settings.method() != "dense" and evaluates,
             "reference": self.distills,
             "experts": settings.experts > 0,
@@ -88,6 +90,27 @@ class Run:
         settings, sets = self.settings, 1 + (self.settings.target == "dense")
         tokens = self.seqlen * (settings.nsamples + sum(settings.extra_counts)) // distributed.world()
         return int(sets * tokens * self.token_bytes)
+
+    @property
+    def draws(self) -> dict[str, tuple[int, int, int | str]]:
+        """The sequences that are drawn, {what for: (their number, tokens of each, seed)}.
+
+        Those beside the calibration sequences are short: many short ones differ more than a few long ones.
+        """
+        T, seed, counts = self.seqlen, self.settings.seed, self.settings.extra_counts
+        short = distill.piece_length(T)
+        return {"calibration": (self.settings.nsamples, T, seed)} | {
+            what: (count * T // short, short, f"{seed}, {what}")
+            for what, count in zip(("further", "distillation"), counts, strict=True)}
+
+    @property
+    def own_tokens(self) -> int:
+        """How many tokens of these the dense model writes itself."""
+        settings = self.settings
+        if not settings.needs_calibration or settings.dataset == IN_MEMORY:
+            return 0
+        return sum(counts_of(text_for(what, settings.dataset), n).get(OWN, 0) * tokens
+                   for what, (n, tokens, _) in self.draws.items() if n)
 
     @property
     def disk_bytes(self) -> int:

@@ -26,6 +26,7 @@ PRESETS = {  # Explicit flags override them.
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
              "rotate": True, "percdamp": 0.1, "extra": 0.5, "distill": 0.75},
 }
+WITH_OWN = "c4:0.5,self:0.5"  # This is what best calibrates on in place of C4, which may lack what a model is made for.
 NEEDS = {  # These flags make properties of Settings true; others are flags themselves.
     "prunes": "--sparsity or --prunen and --prunem",
     "quantizes": f"--wbits {', '.join(map(str, WBITS[:-1]))}",
@@ -83,7 +84,8 @@ class Settings:
 
     model: str = option(None, FREE, "hub id, local folder or .gguf file")  # The identity of a run has its weights.
     dataset: str | None = option(  # It is None where nothing is calibrated.
-        None, RESULT, "calibration text, by name, as a file or folder, or a mixture such as c4:0.7,my.jsonl:0.3")
+        None, RESULT, "calibration text, by name, as a file or folder, or a mixture such as c4:0.7,my.jsonl:0.3; "
+        "with --preset best c4 stands for c4:0.5,self:0.5, and c4:1 for C4 alone")
 
     sparsity: float = option(0.0, METHOD, "fraction of the weights to prune, below 1", group="what to prune")
     prunen: int = option(0, METHOD, "n of n:m: weights to prune in every group", between=(0,))
@@ -196,6 +198,8 @@ class Settings:
             raise TypeError(f"no option is called {', '.join(sorted(unknown))}")
         given = {"model": model, "dataset": dataset} | options
         given = {name: _converted(fields[name], value) for name, value in given.items()}
+        if given.get("preset") == "best" and dataset == "c4" and given.get("nsamples") != 1:
+            given["dataset"] = WITH_OWN  # c4:1 is C4 alone.
         preset, known = recipe(**given), {"eval": ("builtin",)} if dataset == "builtin" else {}
         for name, field in fields.items():
             object.__setattr__(self, name, (known | preset | given).get(name, field.default))  # The class is frozen.

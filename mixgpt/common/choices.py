@@ -12,6 +12,7 @@ RECORD = "mixgpt.json"  # of a run: settings, versions, every matrix, perplexiti
 CARD = "README.md"  # of a saved model, for people, and for the hub
 PROGRESS = "progress"  # a directory, until the run has ended: the resume state
 NO_METRICS = ("examples", "num_fewshot", "version")  # of a task's scores in a record
+AGAIN = "dense again"  # The dense model's distance to itself, by rounding.
 TOP = "same top token"  # A measure of the distance to the dense model.
 
 

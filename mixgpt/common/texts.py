@@ -21,6 +21,7 @@ IGNORED = ("state.json", "dataset_dict.json", "dataset_info*.json", "cache-*.arr
 COLUMNS = ("text", "sentence", "messages")
 ON_HUB = re.compile(r"([\w.-]+/[\w.-]+):([A-Za-z_]\w*)")  # owner/dataset:column
 ARGUMENTS = {"train": "dataset", "test": "--eval", "validation": "--eval"}  # the argument that names a split's text
+OWN = "self"  # The run's model writes this text.
 Row = str | list[dict[str, str]]  # a row is a text, or a chat [{"role": …, "content": …}, …]
 
 
@@ -63,6 +64,11 @@ def code_rows(split: str) -> tuple[list[Row], dict[str, Any]]:
     return files, {"sha256": _digest(files)}
 
 
+def own_rows(split: str) -> tuple[list[Row], dict[str, Any]]:
+    """Raise InputError: these rows do not exist before a model has written them."""
+    raise InputError(f"{ARGUMENTS[split]} {OWN}: is text that a model writes, which only a run has")
+
+
 DATASETS = Registry({
     "wikitext2": TextSet(
         "raw WikiText-2", train_join=" ", hub_id="Salesforce/wikitext", hub_options={"name": "wikitext-2-raw-v1"},
@@ -77,6 +83,8 @@ DATASETS = Registry({
                    "validation": "en/c4-validation.00000-of-00008.json.gz"},
         by_document=True, test_documents=1100, test_segments=256, local="en/c4-{split}.00000-of-*.json.gz"),
     "builtin": TextSet("CPython's own reference manual, which needs no download", builtin_rows),
+    OWN: TextSet("text that the dense model writes itself, half of it chats if its tokenizer has a chat template",
+                 own_rows),
     "code": TextSet("source code of CPython's standard library, which needs no download", code_rows, by_document=True),
 })
 
@@ -98,6 +106,18 @@ def shares_of(name: str, flag: str = "dataset") -> dict[str, float]:
                              "or give a file or folder of text, or owner/dataset:column on the hub)")
         weights[text] = weights.get(text, 0) + value
     return {text: weight / sum(weights.values()) for text, weight in weights.items()}
+
+
+def without_own(name: str) -> str:
+    """Return the other texts of a mixture in which the model's own is one, else the same text."""
+    shares = shares_of(name)
+    others = [f"{text}:{share:g}" for text, share in shares.items() if text != OWN]
+    return ",".join(others) if 0 < len(others) < len(shares) else name
+
+
+def text_for(what: str, dataset: Any) -> Any:
+    """Return the text for calibration or distillation: to distil on the model's own text gains nothing."""
+    return without_own(dataset) if what == "distillation" and isinstance(dataset, str) else dataset
 
 
 def check_texts(name: str | None, tests: Iterable[str], drawn: bool) -> None:

@@ -32,7 +32,7 @@ class Distance:
         """Compare the predictions of tokens 2 to T of each sequence. head: that of both models."""
         divergences, same = [], []
         for hidden, reference in zip(stream.hidden, self.states[name], strict=False):
-            pairs = zip(*(states[:-1, :stream.channels].to(stream.device).split(SLICE)
+            pairs = zip(*(states[:-1, :stream.channels].to(stream.device, hidden.dtype).split(SLICE)
                           for states in (hidden, reference)), strict=True)
             for logits, others in (rows for pair in pairs for rows in by_rows(*map(head, pair))):
                 log_q, log_p = (wide(scores).log_softmax(-1) for scores in (logits, others))

@@ -83,6 +83,17 @@ def head_bytes(streamed: StreamedModel, tokens: int, vocabulary: int, copies: in
                          + 12 * min(rows, rows_at_once(streamed.device, vocabulary)))
 
 
+def writing_bytes(model: PreTrainedModel, T: int, device: torch.device) -> tuple[int, int]:
+    """Return the bytes of a model's weights that are not on the device yet, and those that it takes to write T tokens.
+
+    These have keys and values of each layer, counted as if no heads shared them, and float32 probabilities.
+    """
+    config, itemsize = model.config.get_text_config(), model.dtype.itemsize
+    weights = sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
+    states = 2 * len(decoder.layers_of(model)) * T * config.hidden_size
+    return weights, itemsize * states + config.vocab_size * (2 * itemsize + 12)
+
+
 def working_dtype(model: PreTrainedModel) -> torch.dtype:
     """Return the dtype in which gradients are computed: the model's, but gradients underflow in float16."""
     return torch.float32 if model.dtype == torch.float16 else model.dtype

@@ -15,6 +15,7 @@ from mixgpt.app.run import Run
 from mixgpt.app.settings import Settings
 from mixgpt.common import runtime
 from mixgpt.common.errors import InputError
+from mixgpt.evaluation import own_text
 from mixgpt.kernels import columns
 from mixgpt.modeling.decoder import layers_of
 
@@ -26,8 +27,8 @@ def forecast_of(checkpoint_folder, monkeypatch, tmp_path):
     read_little(monkeypatch)
     monkeypatch.setitem(forecast.TEST_TOKENS, "builtin", 4 * 64)
 
-    def checked(name, **options):
-        settings = Settings(str(checkpoint_folder(name)), "builtin", **{
+    def checked(name, dataset="builtin", **options):
+        settings = Settings(str(checkpoint_folder(name)), dataset, **{
             "sparsity": 0.5, "nsamples": 64, "seqlen": 64, "eval": ["builtin"], "device": "cpu"} | options)
         return check(settings, torch.device(settings.device), runtime.Clock(CPU)), settings
 
@@ -48,6 +49,23 @@ def test_what_a_gpu_is_said_to_hold_at_most_is_what_it_holds(name, preset, forec
     assert 0.8 * peak < most < 1.25 * peak
     assert [stage for stage, _ in begun] == [need.stage for need in needs]
     assert max(used for _, used in begun) < 0.02 * peak  # a stage leaves nothing large behind
+
+
+def test_the_models_own_text_takes_what_it_is_said_to_and_is_one_of_the_stages(forecast_of, monkeypatch):
+    monkeypatch.setattr(own_text, "TOGETHER", 8)
+    with Gpu():
+        run, settings = forecast_of("wide opt", dataset="builtin:0.5,self:0.5", device="cuda:0", gmp=True,
+                                    sparsity_way="weight-level", sensitivity="fisher")
+        need = next(need for need in forecast.memory_needs(run) if need.stage == "own text")
+        model, device = pipeline.load.load_model(settings.model, "auto"), torch.device("cuda:0")
+        own_text.write_text(model, run.tokenizer, device, run.own_tokens, 0)
+        peak = runtime.peak_memory(device)["device"]
+    assert run.own_tokens == 32 * 64 and run.stages[0] == "own text"
+    assert peak < need.device < 2 * peak
+    run, _ = forecast_of("wide opt", dataset="builtin:0.5,self:0.5", gmp=True, sparsity_way="weight-level",
+                         sensitivity="fisher")
+    times = forecast.seconds(run, pipeline.execute)
+    assert list(times) == run.stages and times["own text"] > 0
 
 
 def test_a_machine_that_is_not_here_is_asked_about_by_the_memory_of_its_gpu(forecast_of, tmp_path):

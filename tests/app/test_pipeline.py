@@ -174,6 +174,15 @@ def test_a_preset_means_its_recipe_without_the_command_line_too():
         Settings("m", "c4", sparsity=0.5, preset="best", gmp=True)
 
 
+@pytest.mark.parametrize("dataset, options, expected", [
+    ("c4", {"preset": "best"}, "c4:0.5,self:0.5"), ("c4", {}, "c4"), ("c4", {"preset": "sparsegpt"}, "c4"),
+    ("c4:1", {"preset": "best"}, "c4:1"), ("wikitext2", {"preset": "best"}, "wikitext2"),
+    ("c4", {"preset": "best", "nsamples": 1}, "c4"),  # One sequence cannot be divided.
+])
+def test_half_of_what_best_calibrates_on_in_place_of_c4_is_the_models_own_text(dataset, options, expected):
+    assert Settings("m", dataset, sparsity=0.5, **options).dataset == expected
+
+
 BEST = "--sparsity-way global --saliency fisher --solver admm --target dense --rotate --alpha .15 --percdamp .1"
 
 
@@ -190,8 +199,9 @@ BEST = "--sparsity-way global --saliency fisher --solver admm --target dense --r
     ("best", "--sparsity .5 --wbits 3 --groupsize 16 --distill 0 --no-mse", f"{BEST} --extra 1"),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected):
-    preset, flags = (parse("llama.py", ["m", "c4", *amount.split(), *given.split()])
-                     for given in (f"--preset {preset}", expected))
+    mixture = "c4:0.5,self:0.5" if "best" in preset else "c4"
+    preset, flags = (parse("llama.py", ["m", dataset, *amount.split(), *given.split()])
+                     for dataset, given in (("c4", f"--preset {preset}"), (mixture, expected)))
     assert replace(preset, preset=None, effort=1.0) == flags
 
 
@@ -278,8 +288,20 @@ def test_what_is_read_of_each_layer_is_counted(preset, most, dense, prune, tmp_p
           tmp_path / "saved")
     record = record_of(tmp_path / "saved")
     assert [len(row) for row in record["perplexity"].values()] == [3] * (1 + dense)
-    assert [len(row) for row in record.get("distance", {}).values()] == [3] * dense
-    assert len(counts) == 3 and max(counts.values()) <= most + dense
+    assert [len(row) for row in record.get("distance", {}).values()] == [3] * 2 * dense
+    assert len(counts) == 3 and max(counts.values()) <= most + 2 * dense
+
+
+@torch.no_grad()
+def test_the_distance_of_the_dense_model_to_itself_is_that_of_rounding(prune, checkpoint_folder, tokenizer, tmp_path):
+    out = prune("llama", "--sparsity .5 --gmp --dense --save", tmp_path / "saved")
+    found = record_of(tmp_path / "saved")["distance"]["dense again"]["builtin"]
+    tokens, _ = datautils.test_tokens("builtin", 32, tokenizer)
+    p, q = (AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama"), dtype=dtype)(tokens[:4]).logits[:, :-1]
+            .double().log_softmax(-1) for dtype in (torch.float32, torch.bfloat16))
+    KL = (p.exp() * (p - q)).sum(-1).mean().item()
+    assert 0.2 * KL < found["KL"] < 2 * KL and found["KL"] > 0  # The head alone has one dtype.
+    assert "builtin, dense again " in out
 
 
 def test_a_matrix_with_a_zero_less_than_asked_ends_the_run(prune, monkeypatch):
@@ -407,8 +429,9 @@ def test_further_text_serves_the_hessians_and_distillation(number, more, piece, 
         notes = ["more text"] * bool(number) + ["distilled"] * bool(more)
         assert f"SparseGPT ({', '.join(notes)})" in out
         assert f"4 sequences of 32 tokens, {number + more} further ones, seed 0" in out
-        further, _ = datautils.calibration_samples("builtin", (number + more) * 32 // length, length, "0, further",
-                                                   tokenizer)
+        further = torch.cat([datautils.calibration_samples("builtin", count * 32 // length, length, f"0, {what}",
+                                                           tokenizer)[0].view(-1, 32)
+                             for what, count in (("further", number), ("distillation", more)) if count])
     model, record = AutoModelForCausalLM.from_pretrained(checkpoint_folder("llama")), record_of(folder)
     streamed, plan = StreamedModel(model, CPU, 2), make_plan(select(model), Target(0.5))
     further, distilled = further.view(-1, 32)[:number], further.view(-1, 32)[number:].reshape(-1, length)

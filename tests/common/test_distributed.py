@@ -63,6 +63,14 @@ def test_every_way_to_prune_gives_the_same_rows_divided_among_processes(in_proce
                 assert scale is None or torch.allclose(scale, other, rtol=1e-5)
 
 
+def test_processes_divide_the_pieces_of_the_models_own_text_and_all_have_all_of_it(in_processes):
+    (alone, kept), together = in_processes(ranks.written, 2)
+    text = together[0][0].view(5, 16)
+    assert torch.equal(kept[0], alone) and torch.equal(together[0][1][0], text.flatten())
+    assert torch.equal(together[1][0], together[0][0]) and not together[1][1]  # The first process keeps it.
+    assert len({tuple(row) for row in text.tolist()}) == 5
+
+
 def test_processes_select_the_smallest_of_all_scores(in_processes):
     alone, together = in_processes(ranks.selected_of_all, 3)
     for results in (alone, *together):

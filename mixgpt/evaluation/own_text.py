@@ -1,0 +1,112 @@
+"""Text that the dense model writes itself: it has what the model is good at, without anyone naming it.
+
+Half of the pieces begin with BOS, and half with the beginning of a user's turn, if the tokenizer has a chat template:
+the model then asks and answers. Each token is drawn from all that the model predicts, at temperature 1.
+"""
+
+import contextlib
+import hashlib
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from mixgpt.common import distributed, memory, progress
+from mixgpt.common.errors import InputError
+from mixgpt.common.files import cache_folder
+from mixgpt.common.runtime import position_limit, seeded, wide
+from mixgpt.datautils import as_texts, encode
+from mixgpt.modeling.placing import whole
+from mixgpt.modeling.streaming import fingerprint, write
+from mixgpt.pruning import needs
+
+PIECE = 256  # Tokens of a piece, which the model writes one after the other, but of many pieces at a time.
+TOGETHER = 128  # At most so many.
+FREE = -1  # Stands for a token that the model chooses.
+MESSAGE = "…"  # It marks where a user's message would stand.
+
+
+def beginnings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, T: int) -> list[list[int]]:
+    """Return tokens with which pieces of T tokens begin, none of them longer than half; [] if the model has no BOS."""
+    ends = tokenizer.bos_token_id, getattr(model.config, "bos_token_id", None), tokenizer.eos_token_id
+    first = next((token for token in ends if token is not None), None)
+    found = [] if first is None else [[first]]
+    if found and tokenizer.chat_template:
+        text, = as_texts([[{"role": "user", "content": MESSAGE}]], tokenizer)
+        found.append(encode(tokenizer, text.partition(MESSAGE)[0], add_special_tokens=False).input_ids)
+    return [tokens for tokens in found if 1 <= len(tokens) <= max(T // 2, 1)]
+
+
+def obstacle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> str:
+    """Return why a model cannot write text, "" if it can."""
+    if not beginnings(model, tokenizer, PIECE):
+        return "the tokenizer has neither BOS nor EOS to begin with"
+    return "" if _rows_at_once(model, device) else f"{device} has no room for the whole model"
+
+
+def _rows_at_once(model: PreTrainedModel, device: torch.device) -> int:
+    """Return how many pieces the device has room to write at a time, 0 if not even the model fits."""
+    weights, piece = needs.writing_bytes(model, PIECE, device)
+    return max(min(TOGETHER, *distributed.all_gather_object((memory.free(device) - weights) // piece)), 0)
+
+
+@torch.no_grad()
+def write_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, count: int,
+               seed: int | str) -> Tensor:
+    """Return so many tokens (count,) that a model writes, in pieces; from the cache if it has written them before.
+
+    The model has no `obstacle`. Raises InputError for NaN or inf in its predictions.
+    """
+    length = min(count, PIECE, position_limit(model.config) or PIECE)
+    starts = beginnings(model, tokenizer, length)
+    key = fingerprint(model), str(model.dtype), device.type, distributed.world(), starts, count, seed
+    file = cache_folder() / f"text-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
+    kept = load_file(file)["tokens"] if distributed.rank() == 0 and file.exists() else None
+    if (kept := distributed.broadcast_object(kept)) is not None:  # Other machines have caches of their own.
+        return kept
+    number = -(-count // length)
+    mine = range(number)[distributed.share(number)]
+    forced = torch.full((len(mine), max(map(len, starts))), FREE)
+    for row, piece in zip(forced, mine, strict=True):
+        start = starts[piece % len(starts)]
+        row[:len(start)] = torch.tensor(start)
+    generator, batches = seeded(seed, "own text", distributed.rank()), forced.split(_rows_at_once(model, device))
+    with whole(model, device), progress.bar(total=len(batches) * (length - 1), title="own text", unit="token") as bar:
+        pieces = [write_pieces(model, part.to(device), length, generator, bar) for part in batches if len(part)]
+    tokens = torch.cat(sum(distributed.all_gather_object(pieces), [])).flatten()[:count]
+    if distributed.rank() == 0:
+        with contextlib.suppress(OSError, SafetensorError):  # The next run writes it again.
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write(file, {"tokens": tokens})
+    return tokens
+
+
+def write_pieces(model: PreTrainedModel, forced: Tensor, length: int, generator: torch.Generator, bar: tqdm) -> Tensor:
+    """Write pieces (n, length) that begin with tokens (n, t), but for those that are FREE.
+
+    Behind the end of a text, the model begins another one.
+    """
+
+    def draw(written: Tensor, logits: Tensor) -> Tensor:
+        """Leave one token of each row, drawn by its probability: `torch.multinomial` takes as long as the model."""
+        sums = wide(logits).softmax(-1).cumsum(-1)
+        if not sums[:, -1].isfinite().all():
+            raise InputError(f"model {model.config.name_or_path}: its logits contain NaN or inf; try --dtype float32")
+        place = torch.rand(len(sums), 1, generator=generator).to(sums.device, sums.dtype) * sums[:, -1:]
+        chosen = torch.searchsorted(sums, place, right=True).clamp_(max=sums.shape[1] - 1)
+        if (t := written.shape[1]) < forced.shape[1]:
+            chosen = torch.where(forced[:, t:t + 1] == FREE, chosen, forced[:, t:t + 1])
+        bar.update()
+        return torch.full_like(logits, -torch.inf).scatter_(1, chosen, 0)
+
+    first, own = forced[:, :1], model.generation_config
+    options: dict[str, Any] = {"max_new_tokens": length - 1, "pad_token_id": 0, "logits_processor": [draw]}
+    model.generation_config = GenerationConfig()  # The model's own may end or alter texts.
+    try:
+        return model.generate(first, attention_mask=torch.ones_like(first), **options).to("cpu")
+    finally:
+        model.generation_config = own

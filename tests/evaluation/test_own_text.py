@@ -1,0 +1,167 @@
+"""Check the text that a model writes itself against its own forward, without a cache of keys and values."""
+
+import copy
+from functools import partial
+
+import pytest
+import torch
+from conftest import CPU, make, record_of
+from torch import nn
+
+from mixgpt import datautils
+from mixgpt.app import opening
+from mixgpt.common.errors import InputError
+from mixgpt.common.runtime import seeded
+from mixgpt.evaluation import own_text
+from mixgpt.modeling.streaming import locations_of
+
+TEMPLATE = "{% for message in messages %}<s>{{ message.role }}: {{ message.content }}</s>{% endfor %}"
+
+
+@pytest.fixture(autouse=True)
+def cache(monkeypatch, tmp_path):
+    """Keep texts in a folder of the test."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "mixgpt"
+
+
+@pytest.fixture
+def chatty(tokenizer):
+    """Give a tokenizer with a chat template."""
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = TEMPLATE
+    return changed
+
+
+def drawn(model, starts, length, uniform):
+    """Return pieces by whole forwards: of each, the first token at which the sum of p passes uniform (steps, n)."""
+    pieces = [list(start[:1]) for start in starts]
+    for t in range(1, length):
+        for row, (piece, start) in enumerate(zip(pieces, starts, strict=True)):
+            p = model(torch.tensor([piece])).logits[0, -1].double().softmax(-1)
+            token = int((p.cumsum(0) <= uniform[t - 1][row] * p.sum()).sum())
+            piece.append(start[t] if t < len(start) else token)
+    return pieces
+
+
+@pytest.mark.parametrize("name", ["opt", "bloom", "llama", "gemma3"])
+@torch.no_grad()
+def test_each_token_is_drawn_from_the_models_own_predictions(name, chatty, monkeypatch):
+    monkeypatch.setattr(own_text, "PIECE", 20)
+    model = make(name).eval()
+    starts = own_text.beginnings(model, chatty, 20)
+    message = chatty("<s>user:", add_special_tokens=False).input_ids
+    assert starts[0] == [chatty.bos_token_id] and starts[1][:len(message)] == message
+    text = own_text.write_text(model, chatty, CPU, 4 * 20 - 3, 5)
+    generator = seeded(5, "own text", 0)
+    uniform = [torch.rand(4, 1, generator=generator)[:, 0].double() for _ in range(19)]
+    expected = drawn(model, [starts[0], starts[1]] * 2, 20, uniform)
+    assert text.tolist() == sum(expected, [])[:77]
+
+
+@torch.no_grad()
+def test_no_setting_of_the_model_ends_or_alters_its_text(tokenizer):
+    model = make("llama").eval()
+    expected = own_text.write_text(model, tokenizer, CPU, 128, 0)
+    model.config._name_or_path = "other"
+    for file in own_text.cache_folder().iterdir():
+        file.unlink()
+    settings = model.generation_config
+    settings.update(eos_token_id=list(range(9, 300)), repetition_penalty=3.0, temperature=9.0, do_sample=True)
+    assert torch.equal(own_text.write_text(model, tokenizer, CPU, 128, 0), expected)
+    assert model.generation_config is settings
+    assert len(expected.unique()) > 20
+
+
+def test_text_is_written_once_for_each_model_and_seed(tokenizer, cache, monkeypatch):
+    model = make("llama").eval()
+    first = own_text.write_text(model, tokenizer, CPU, 100, 0)
+    other = own_text.write_text(model, tokenizer, CPU, 100, 1)
+    assert not torch.equal(first, other) and len(list(cache.iterdir())) == 2
+    with monkeypatch.context() as patch:
+        patch.setattr(own_text, "write_pieces", lambda *_: pytest.fail("it was written again"))
+        assert torch.equal(own_text.write_text(model, tokenizer, CPU, 100, 0), first)
+        assert torch.equal(own_text.write_text(make("llama").eval(), tokenizer, CPU, 100, 1), other)
+    nn.init.ones_(model.lm_head.weight)
+    assert not torch.equal(own_text.write_text(model, tokenizer, CPU, 100, 0), first)
+
+
+def test_a_cache_that_cannot_be_written_does_not_end_the_run(tokenizer, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    assert len(own_text.write_text(make("llama").eval(), tokenizer, CPU, 100, 0)) == 100
+
+
+def test_predictions_that_are_not_finite_are_refused(tokenizer):
+    model = make("llama").eval()
+    nn.init.constant_(model.lm_head.weight, torch.nan)
+    with pytest.raises(InputError, match="its logits contain NaN or inf"):
+        own_text.write_text(model, tokenizer, CPU, 100, 0)
+
+
+def test_long_beginnings_and_missing_bos(chatty, tokenizer):
+    model = make("llama")
+    assert len(own_text.beginnings(model, chatty, 4)) == 1
+    assert own_text.beginnings(model, tokenizer, 256) == [[tokenizer.bos_token_id]]
+    without = copy.deepcopy(tokenizer)
+    without.bos_token = None
+    assert own_text.beginnings(model, without, 256) == [[model.config.bos_token_id]]
+    model.config.bos_token_id = None
+    assert own_text.beginnings(model, without, 256) == [[tokenizer.eos_token_id]]
+    without.eos_token = None
+    assert "neither BOS nor EOS" in own_text.obstacle(model, without, CPU)
+
+
+def test_a_run_calibrates_and_evaluates_on_text_of_the_dense_model(prune, checkpoint_folder, tokenizer, tmp_path,
+                                                                  monkeypatch):
+    seen, distils = {}, opening.distributed.prepared
+
+    def look():
+        frame = __import__("inspect").currentframe().f_back
+        seen.update(run=frame.f_locals["run"])
+        distils()
+
+    monkeypatch.setattr(opening.distributed, "prepared", look)
+    prune("llama", f"--sparsity .5 --extra 1 --distill .5 --eval self --dense --seed 3 --save {tmp_path / 'out'}",
+          data="builtin:0.5,self:0.5")
+    run, record = seen["run"], record_of(tmp_path / "out")
+    model = make("llama").eval()
+    own = own_text.write_text(model, tokenizer, CPU, 2 * 32 + 2 * 32, 3).view(4, 32).tolist()
+    calibrated, further = run.calibration.tolist(), run.further.tolist()
+    assert [len(calibrated), len(further)] == [4, 4 + 2]
+    assert [row for row in own if row in calibrated] == own[:2]
+    assert [row for row in own if row in further[:4]] == own[2:]
+    taught, _ = datautils.calibration_samples("builtin", 2, 32, "3, distillation", tokenizer)
+    assert further[4:] == taught.tolist()
+    assert [part["dataset"] for part in record["data"]["calibration"]["parts"]] == ["builtin", "self"]
+    test = own_text.write_text(model, tokenizer, CPU, opening.OWN_TOKENS, "test")
+    assert torch.equal(run.tests["self"].flatten(), test[:run.tests["self"].numel()])
+
+
+@pytest.mark.parametrize("kind", ["on disk", "in memory"])
+def test_weights_are_where_they_were_behind_the_text(kind, checkpoint_folder, tokenizer):
+    folder = checkpoint_folder("llama")
+    config = opening.load.read_config(folder)
+    model = (opening.load.open_model if kind == "on disk" else lambda name, _, dtype: opening.load.load_model(
+        name, dtype))(folder, config, "auto")
+    places = locations_of(model)
+    own_text.write_text(model, tokenizer, CPU, 100, 0)
+    assert locations_of(model) == places and bool(places) == (kind == "on disk")
+    assert all(weight.is_meta == (kind == "on disk") for weight in model.parameters())
+
+
+def test_without_room_for_the_model_others_take_its_place(prune, monkeypatch, tmp_path):
+    monkeypatch.setattr(own_text.memory, "free", lambda device: 1000)
+    options = "--sparsity .5 --gmp --sensitivity fisher --sparsity-way weight-level"
+    out = prune("llama", options, f"--save {tmp_path / 'out'}", data="builtin:0.4,self:0.6")
+    assert "warning  dataset builtin:0.4,self:0.6: without self, as cpu has no room for the whole model" in out
+    assert record_of(tmp_path / "out")["data"]["calibration"]["dataset"] == "builtin"
+    line = prune("llama", options, data="self", status=2)
+    assert "dataset self: cannot be written, as cpu has no room for the whole model; give another text" in line
+    assert "--eval self: cannot be written" in prune("llama", options, "--eval self", status=2)
+
+
+def test_without_a_run_there_is_no_text_of_the_model(tokenizer):
+    for read in (partial(datautils.calibration_samples, "self", 2, 8, 0), partial(datautils.test_tokens, "self", 8)):
+        with pytest.raises(InputError, match="self: is text that a model writes, which only a run has"):
+            read(tokenizer)
