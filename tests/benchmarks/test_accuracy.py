@@ -11,7 +11,7 @@ from conftest import ROOT
 from mixgpt.app import pipeline
 from mixgpt.common.choices import ALLOCATIONS, SOLVERS
 
-NAMES = "accuracy", "spread", "gap", "effort", "paper", "families"
+NAMES = "accuracy", "others", "spread", "gap", "effort", "paper", "families"
 
 
 @pytest.mark.slow
