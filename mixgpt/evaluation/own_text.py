@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -24,8 +24,10 @@ from mixgpt.modeling.placing import whole
 from mixgpt.modeling.streaming import fingerprint, write
 from mixgpt.pruning import needs
 
-PIECE = 256  # Tokens of a piece, which the model writes one after the other, but of many pieces at a time.
-TOGETHER = 128  # At most so many.
+PIECE = 128  # Tokens of a piece, which the model writes one after the other, but of many pieces at a time.
+TOGETHER = 256  # At most so many.
+BELOW_ONE = 1 - 1e-6  # A product with it is smaller, so that what is drawn has a probability.
+BLOCK = 256  # Probabilities are summed over so many tokens of the vocabulary first.
 FREE = -1  # Stands for a token that the model chooses.
 MESSAGE = "…"  # It marks where a user's message would stand.
 
@@ -63,7 +65,7 @@ def write_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, devic
     """
     length = min(count, PIECE, position_limit(model.config) or PIECE)
     starts = beginnings(model, tokenizer, length)
-    key = fingerprint(model), str(model.dtype), device.type, distributed.world(), starts, count, seed
+    key = fingerprint(model), str(model.dtype), device.type, distributed.world(), starts, length, count, seed
     file = cache_folder() / f"text-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
     kept = load_file(file)["tokens"] if distributed.rank() == 0 and file.exists() else None
     if (kept := distributed.broadcast_object(kept)) is not None:  # Other machines have caches of their own.
@@ -93,11 +95,18 @@ def write_pieces(model: PreTrainedModel, forced: Tensor, length: int, generator:
 
     def draw(written: Tensor, logits: Tensor) -> Tensor:
         """Leave one token of each row, drawn by its probability: `torch.multinomial` takes as long as the model."""
-        sums = wide(logits).softmax(-1).cumsum(-1)
-        if not sums[:, -1].isfinite().all():
+        logits = wide(logits)
+        p = (logits - logits.amax(1, keepdim=True)).exp_()
+        p = nn.functional.pad(p, (0, -p.shape[1] % BLOCK)).view(len(p), -1, BLOCK)
+        blocks = p.sum(2).cumsum(1)
+        if not blocks[:, -1].isfinite().all():
             raise InputError(f"model {model.config.name_or_path}: its logits contain NaN or inf; try --dtype float32")
-        place = torch.rand(len(sums), 1, generator=generator).to(sums.device, sums.dtype) * sums[:, -1:]
-        chosen = torch.searchsorted(sums, place, right=True).clamp_(max=sums.shape[1] - 1)
+        uniform = torch.rand(len(p), 1, generator=generator).clamp_(max=BELOW_ONE)
+        place = uniform.to(p.device, p.dtype) * blocks[:, -1:]
+        block = torch.searchsorted(blocks, place, right=True)
+        within = p.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(1)
+        place = (place - blocks.gather(1, block) + within[:, -1:]).minimum(BELOW_ONE * within[:, -1:])
+        chosen = BLOCK * block + torch.searchsorted(within, place, right=True)
         if (t := written.shape[1]) < forced.shape[1]:
             chosen = torch.where(forced[:, t:t + 1] == FREE, chosen, forced[:, t:t + 1])
         bar.update()

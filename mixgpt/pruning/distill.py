@@ -1,11 +1,11 @@
 """Train a pruned or quantized model to predict what the dense model predicts, and the text. Zeros stay zeros.
 
 Kept weights are trained, or, where weights lie on grids, the scales of these. The loss is the cross-entropy of the
-pruned model's predictions q with the mean of the dense model's p and the token that follows (Hinton et al., arXiv
-1503.02531). The text is little, so that gradients are mostly noise, which dividing by their size in each column, as
-Adam does, would enlarge. So steps go along them, as far as the loss would fall by the divergence KL(p ‖ q) if it were
-linear (after stochastic Polyak steps, Loizou et al., arXiv 2002.10542); the later ones become shorter. `training` takes
-them, in the way that fits in memory.
+pruned model's predictions q with three parts of the dense model's p and one part of the token that follows (Hinton et
+al., arXiv 1503.02531). The text is little, so that gradients are mostly noise, which dividing by their size in each
+column, as Adam does, would enlarge. So steps go along them, as far as the loss would fall by the divergence KL(p ‖ q)
+if it were linear (after stochastic Polyak steps, Loizou et al., arXiv 2002.10542); the later ones become shorter.
+`training` takes them, in the way that fits in memory.
 """
 
 import contextlib

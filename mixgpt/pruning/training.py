@@ -29,7 +29,7 @@ from mixgpt.modeling.streaming import disk_weights
 from mixgpt.pruning.needs import Way
 from mixgpt.quant import Grid
 
-LABELS = 0.5  # The weight of the text's next token beside the dense model's prediction.
+LABELS = 0.25  # The weight of the text's next token beside the dense model's prediction.
 SCALES_RATE = 1e-2  # The root mean square of the change of scales in a step, as a fraction of their own.
 SHORTENED = 0.5  # This share of the steps, the last ones, becomes shorter and shorter.
 

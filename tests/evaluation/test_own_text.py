@@ -165,3 +165,20 @@ def test_without_a_run_there_is_no_text_of_the_model(tokenizer):
     for read in (partial(datautils.calibration_samples, "self", 2, 8, 0), partial(datautils.test_tokens, "self", 8)):
         with pytest.raises(InputError, match="self: is text that a model writes, which only a run has"):
             read(tokenizer)
+
+
+def test_only_what_has_a_probability_is_drawn(tokenizer, monkeypatch):
+    """Rounding must not choose tokens of probability 0, or none, at either end of what a generator gives."""
+    model = make("llama").eval()
+    kept = [3, 200, 371]
+    monkeypatch.setattr(own_text, "BLOCK", 7)
+
+    class Bias(nn.Linear):
+        def forward(self, h):
+            return torch.full((*h.shape[:-1], 384), -torch.inf).index_fill_(-1, torch.tensor(kept), 1.5)
+
+    model.lm_head = Bias(32, 384)
+    for u in (0.0, 1 - 2**-24, 0.4, 2 / 3):
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **_: torch.full(shape, u))
+        text = own_text.write_text(model, tokenizer, CPU, 100, f"{u}")
+        assert set(text[1:].tolist()) == {kept[min(int(3 * u), 2)]}, u
