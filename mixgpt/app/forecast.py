@@ -101,7 +101,8 @@ def memory_needs(run: Run) -> list[Need]:
             host += borders * (place == "host")
         elif stage == "own text":
             weights, piece = needs.writing_bytes(run.model, own_text.PIECE, device)
-            work = weights + piece * min(-(-run.own_tokens // own_text.PIECE), own_text.TOGETHER)
+            pieces = min(own_text.rows_at_once(run.model, device, free), -(-run.own_tokens // own_text.PIECE))
+            work = weights + piece * pieces if pieces else 0.0  # Without room, other text takes its place.
         elif stage == "distillation":
             work, host, disk = distilling.device, trained + compared + distilling.host, distilling.disk
         elif stage == "saving":

@@ -6,6 +6,7 @@ the model then asks and answers. Each token is drawn from all that the model pre
 
 import contextlib
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ TOGETHER = 256  # At most so many.
 BELOW_ONE = 1 - 1e-6  # A product with it is smaller, so that what is drawn has a probability.
 BLOCK = 256  # Probabilities are summed over so many tokens of the vocabulary first.
 FREE = -1  # Stands for a token that the model chooses.
-MESSAGE = "…"  # It marks where a user's message would stand.
+MESSAGE = "‹message›"  # It marks where a user's message would stand.
 
 
 def beginnings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, T: int) -> list[list[int]]:
@@ -38,8 +39,10 @@ def beginnings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, T: in
     first = next((token for token in ends if token is not None), None)
     found = [] if first is None else [[first]]
     if found and tokenizer.chat_template:
-        text, = as_texts([[{"role": "user", "content": MESSAGE}]], tokenizer)
-        found.append(encode(tokenizer, text.partition(MESSAGE)[0], add_special_tokens=False).input_ids)
+        with contextlib.suppress(InputError):  # Some templates ask for more than a user's message.
+            text, = as_texts([[{"role": "user", "content": MESSAGE}]], tokenizer)
+            before, message, _ = text.partition(MESSAGE)
+            found += [encode(tokenizer, before, add_special_tokens=False).input_ids] if message else []
     return [tokens for tokens in found if 1 <= len(tokens) <= max(T // 2, 1)]
 
 
@@ -47,13 +50,18 @@ def obstacle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device:
     """Return why a model cannot write text, "" if it can."""
     if not beginnings(model, tokenizer, PIECE):
         return "the tokenizer has neither BOS nor EOS to begin with"
-    return "" if _rows_at_once(model, device) else f"{device} has no room for the whole model"
+    return "" if rows_at_once(model, device) else f"{device} has no room for the whole model"
 
 
-def _rows_at_once(model: PreTrainedModel, device: torch.device) -> int:
-    """Return how many pieces the device has room to write at a time, 0 if not even the model fits."""
+def rows_at_once(model: PreTrainedModel, device: torch.device, free: Callable[[torch.device], int] | None = None
+                 ) -> int:
+    """Return how many pieces a device has room to write at a time, 0 if not even the model fits.
+
+    free: as of `placing.place_for`.
+    """
     weights, piece = needs.writing_bytes(model, PIECE, device)
-    return max(min(TOGETHER, *distributed.all_gather_object((memory.free(device) - weights) // piece)), 0)
+    rows = ((free or memory.free)(device) - weights) // piece
+    return max(min(TOGETHER, *distributed.all_gather_object(rows)), 0)
 
 
 @torch.no_grad()
@@ -76,7 +84,7 @@ def write_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, devic
     for row, piece in zip(forced, mine, strict=True):
         start = starts[piece % len(starts)]
         row[:len(start)] = torch.tensor(start)
-    generator, batches = seeded(seed, "own text", distributed.rank()), forced.split(_rows_at_once(model, device))
+    generator, batches = seeded(seed, "own text", distributed.rank()), forced.split(rows_at_once(model, device))
     with whole(model, device), progress.bar(total=len(batches) * (length - 1), title="own text", unit="token") as bar:
         pieces = [write_pieces(model, part.to(device), length, generator, bar) for part in batches if len(part)]
     tokens = torch.cat(sum(distributed.all_gather_object(pieces), [])).flatten()[:count]

@@ -90,7 +90,7 @@ def writing_bytes(model: PreTrainedModel, T: int, device: torch.device) -> tuple
     """
     config, itemsize = model.config.get_text_config(), model.dtype.itemsize
     weights = sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
-    states = 2 * len(decoder.layers_of(model)) * T * config.hidden_size
+    states = (2 * len(decoder.layers_of(model)) + 1) * T * config.hidden_size  # Each is copied to append to it.
     return weights, itemsize * states + config.vocab_size * (2 * itemsize + 12)
 
 

@@ -99,6 +99,13 @@ def test_predictions_that_are_not_finite_are_refused(tokenizer):
         own_text.write_text(model, tokenizer, CPU, 100, 0)
 
 
+@pytest.mark.parametrize("template", ["{{ raise_exception('a system message comes first') }}", "<s>nothing of it",
+                                      "{{ messages[1].content }}"])
+def test_a_chat_template_that_cannot_show_a_message_is_not_used(template, chatty):
+    chatty.chat_template = template
+    assert own_text.beginnings(make("llama"), chatty, 256) == [[chatty.bos_token_id]]
+
+
 def test_long_beginnings_and_missing_bos(chatty, tokenizer):
     model = make("llama")
     assert len(own_text.beginnings(model, chatty, 4)) == 1
