@@ -256,7 +256,8 @@ class Settings:
                              f"{' or '.join(name for name, other in SOLVERS.items() if other.quantizes)}")
         if self.dataset is None and self.needs_calibration:
             raise InputError("dataset: is needed for calibration; give the name of a text, or a file or folder")
-        check_texts(None if self.dataset == IN_MEMORY else self.dataset, self.eval, self.needs_calibration)
+        check_texts(None if self.dataset == IN_MEMORY else self.dataset, self.eval,
+                    self.nsamples * self.needs_calibration)
 
     @property
     def prunes(self) -> bool:

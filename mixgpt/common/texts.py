@@ -120,10 +120,15 @@ def text_for(what: str, dataset: Any) -> Any:
     return without_own(dataset) if what == "distillation" and isinstance(dataset, str) else dataset
 
 
-def check_texts(name: str | None, tests: Iterable[str], drawn: bool) -> None:
-    """Raise InputError for texts that do not exist, and tests from which calibration draws: paths have no splits."""
+def check_texts(name: str | None, tests: Iterable[str], nsamples: int) -> None:
+    """Raise InputError for texts that do not exist or of which none of nsamples sequences is (0: none are drawn).
+
+    Also for tests from which calibration draws: paths have no splits.
+    """
     texts = shares_of(name) if name else ()
-    drawn_from = {file.resolve() for text in texts if drawn and is_path(text) for file in _files_of(text)}
+    if name and nsamples and (none := [text for text in texts if text not in counts_of(name, nsamples)]):
+        raise InputError(f"--nsamples {nsamples}: gives no sequence to {none[0]} in {name}; raise it")
+    drawn_from = {file.resolve() for text in texts if nsamples and is_path(text) for file in _files_of(text)}
     for test in tests:
         if len(shares_of(test, "--eval")) > 1:
             raise InputError(f"--eval {test}: is a mixture, which is for calibration; give its texts one by one")
@@ -137,13 +142,11 @@ def is_path(text: str) -> bool:
 
 
 def counts_of(name: str, nsamples: int) -> dict[str, int]:
-    """Return {text: number of its sequences}, nsamples in all. Raises InputError if a text gets none or is unknown."""
+    """Return {text: number of its sequences}, nsamples in all, of the texts that get one. Raises InputError."""
     shares = shares_of(name)
     ends = [round(total * nsamples) for total in itertools.accumulate(shares.values(), initial=0)]
-    numbers = {text: stop - start for text, (start, stop) in zip(shares, itertools.pairwise(ends), strict=True)}
-    if none := [text for text, number in numbers.items() if not number]:
-        raise InputError(f"--nsamples {nsamples}: gives no sequence to {none[0]} in {name}; raise it")
-    return numbers
+    return {text: stop - start for text, (start, stop) in zip(shares, itertools.pairwise(ends), strict=True)
+            if stop > start}
 
 
 def text_set_of(dataset: str | list[Row]) -> TextSet:

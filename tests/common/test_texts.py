@@ -140,6 +140,15 @@ def test_each_text_gets_its_share(name, nsamples, expected, mine):
     assert list(counts_of(name, nsamples).values()) == expected
 
 
+def test_each_text_gets_a_calibration_sequence_but_not_each_further_one(mine):
+    name = f"builtin:0.8,{mine}:0.2"
+    assert counts_of(name, 1) == {"builtin": 1}  # as of further sequences
+    check_texts(name, (), 3)
+    check_texts(name, (), 0)
+    with pytest.raises(InputError, match=f"^--nsamples 2: gives no sequence to {mine} in {name}; raise it"):
+        check_texts(name, (), 2)
+
+
 def test_samples_are_the_first_that_each_text_gives_alone(mine, tokenizer):
     name = "builtin:0.75,mine.txt:0.25"
     tokens, source = datautils.calibration_samples(name, 12, 16, 5, tokenizer)
@@ -192,9 +201,9 @@ def test_a_folder_and_a_file_in_it_overlap_and_the_splits_of_a_dataset_do_not(mi
     os.symlink(f"../{mine}", "links/theirs.txt")
     for text, test in ((".", mine), (mine, "."), ("links", mine)):
         with pytest.raises(InputError, match=f"^--eval {test}: is text that calibration draws from"):
-            check_texts(text, [test], drawn=True)
+            check_texts(text, [test], nsamples=4)
     for name in ("builtin", "owner/dataset:column"):
-        check_texts(name, [name], drawn=True)
+        check_texts(name, [name], nsamples=4)
 
 
 @pytest.mark.parametrize("words, expected", [
