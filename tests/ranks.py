@@ -58,8 +58,9 @@ def made(name, true_sequential, wbits, more=""):
     perplexities(model, {"": tokens}, 2, CPU, behind=distance.keep)
     plan, options, solved = make_plan(selected, Target(0.5)), {"solver": walk}, []
     if more == "best":
-        run = Run(Settings("tiny", "builtin", sparsity=0.5, preset=more, seqlen=24), CPU, streamed.clock, model.config, None,
-                  selected, [], 1.0, model, tokens[:3])  # two of them give gradients, so that one process has none
+        settings = Settings("tiny", "builtin", sparsity=0.5, preset=more, seqlen=24)
+        run = Run(settings, CPU, streamed.clock, model.config, None, selected, [], 1.0, model, tokens[:3])
+        # two of them give gradients, so that one process has none
         chosen = allocating._measure(run, {}, MemoryPlan(2))
         plan, gradients = chosen.targets, chosen.gradients
         traces += sum(gradients.values(), ())
