@@ -1,4 +1,4 @@
-"""Open a checked run: its texts, weights, folder and W&B, and whether its steps fit in memory."""
+"""Open a checked run: its weights, texts, folder and W&B, and whether its steps fit in memory."""
 
 import contextlib
 import tempfile
@@ -26,7 +26,7 @@ from mixgpt.pruning import distill, needs
 
 def open_run(run: Run, stack: contextlib.ExitStack, command: str | None = None,
              texts: list | torch.Tensor | None = None) -> None:
-    """Open the folder of --save, texts, weights and W&B of a `Run`, on an ExitStack, and print the heading.
+    """Open the folder of --save, weights, texts and W&B of a `Run`, on an ExitStack, and print the heading.
 
     command, texts: as of `pipeline.execute`.
     """
