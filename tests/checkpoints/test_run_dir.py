@@ -165,7 +165,7 @@ def test_a_run_goes_on_with_the_same_flags_and_inputs_only(checkpoint_folder, pr
     for changed in (0, "0, further"):  # the seed of these sequences
         with monkeypatch.context() as patch:
             patch.setattr(opening, "calibration_samples", lambda *asked, **more: (lambda tokens, source: (
-                tokens.flip(1) if asked[-1] == changed else tokens, source))(*draw(*asked, **more)))  # noqa: B023
+                tokens.flip(1) if asked[3] == changed else tokens, source))(*draw(*asked, **more)))  # noqa: B023
             assert "--resume: calibration tokens was " in refused("--resume")
 
     whole = load_file(source / "model.safetensors")
