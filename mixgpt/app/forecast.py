@@ -237,7 +237,7 @@ def seconds_of_a_token(streamed: StreamedModel, rows: int) -> float:
     with whole(streamed.model, streamed.device), progress.bar(title="own text", disable=True) as bar:
         for count in (1, TIMED):  # The first tokens take longer.
             with clock.part(f"{count}"):
-                own_text.write_pieces(streamed.model, forced, 1 + count, runtime.seeded(), bar)
+                own_text.write_pieces(streamed.model, forced, torch.rand(rows, count), bar)
     return clock.seconds()[f"{TIMED}"] / TIMED
 
 

@@ -84,9 +84,12 @@ def write_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, devic
     for row, piece in zip(forced, mine, strict=True):
         start = starts[piece % len(starts)]
         row[:len(start)] = torch.tensor(start)
-    generator, batches = seeded(seed, "own text", distributed.rank()), forced.split(rows_at_once(model, device))
+    uniform = torch.rand(number, length - 1, generator=seeded(seed, "own text"))[mine.start:mine.stop]
+    # So the text is the same in any number of processes and batches, but for rounding.
+    size = rows_at_once(model, device)
+    batches = [each for each in zip(forced.split(size), uniform.split(size), strict=True) if len(each[0])]
     with whole(model, device), progress.bar(total=len(batches) * (length - 1), title="own text", unit="token") as bar:
-        pieces = [write_pieces(model, part.to(device), length, generator, bar) for part in batches if len(part)]
+        pieces = [write_pieces(model, part.to(device), numbers, bar) for part, numbers in batches]
     tokens = torch.cat(sum(distributed.all_gather_object(pieces), [])).flatten()[:count]
     if distributed.rank() == 0:
         with contextlib.suppress(OSError, SafetensorError):  # The next run writes it again.
@@ -95,8 +98,8 @@ def write_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, devic
     return tokens
 
 
-def write_pieces(model: PreTrainedModel, forced: Tensor, length: int, generator: torch.Generator, bar: tqdm) -> Tensor:
-    """Write pieces (n, length) that begin with tokens (n, t), but for those that are FREE.
+def write_pieces(model: PreTrainedModel, forced: Tensor, uniform: Tensor, bar: tqdm) -> Tensor:
+    """Write pieces (n, T) that begin with tokens (n, t), but for those that are FREE; uniform: numbers (n, T − 1).
 
     Behind the end of a text, the model begins another one.
     """
@@ -109,19 +112,19 @@ def write_pieces(model: PreTrainedModel, forced: Tensor, length: int, generator:
         blocks = p.sum(2).cumsum(1)
         if not blocks[:, -1].isfinite().all():
             raise InputError(f"model {model.config.name_or_path}: its logits contain NaN or inf; try --dtype float32")
-        uniform = torch.rand(len(p), 1, generator=generator).clamp_(max=BELOW_ONE)
-        place = uniform.to(p.device, p.dtype) * blocks[:, -1:]
+        t = written.shape[1]
+        place = uniform[:, t - 1:t].clamp(max=BELOW_ONE).to(p.device, p.dtype) * blocks[:, -1:]
         block = torch.searchsorted(blocks, place, right=True)
         within = p.gather(1, block[..., None].expand(-1, -1, BLOCK))[:, 0].cumsum(1)
         place = (place - blocks.gather(1, block) + within[:, -1:]).minimum(BELOW_ONE * within[:, -1:])
         chosen = BLOCK * block + torch.searchsorted(within, place, right=True)
-        if (t := written.shape[1]) < forced.shape[1]:
+        if t < forced.shape[1]:
             chosen = torch.where(forced[:, t:t + 1] == FREE, chosen, forced[:, t:t + 1])
         bar.update()
         return torch.full_like(logits, -torch.inf).scatter_(1, chosen, 0)
 
     first, own = forced[:, :1], model.generation_config
-    options: dict[str, Any] = {"max_new_tokens": length - 1, "pad_token_id": 0, "logits_processor": [draw]}
+    options: dict[str, Any] = {"max_new_tokens": uniform.shape[1], "pad_token_id": 0, "logits_processor": [draw]}
     model.generation_config = GenerationConfig()  # The model's own may end or alter texts.
     try:
         return model.generate(first, attention_mask=torch.ones_like(first), **options).to("cpu")

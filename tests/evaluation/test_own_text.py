@@ -53,8 +53,7 @@ def test_each_token_is_drawn_from_the_models_own_predictions(name, chatty, monke
     message = chatty("<s>user:", add_special_tokens=False).input_ids
     assert starts[0] == [chatty.bos_token_id] and starts[1][:len(message)] == message
     text = own_text.write_text(model, chatty, CPU, 4 * 20 - 3, 5)
-    generator = seeded(5, "own text", 0)
-    uniform = [torch.rand(4, 1, generator=generator)[:, 0].double() for _ in range(19)]
+    uniform = torch.rand(4, 19, generator=seeded(5, "own text")).t().double()
     expected = drawn(model, [starts[0], starts[1]] * 2, 20, uniform)
     assert text.tolist() == sum(expected, [])[:77]
 
