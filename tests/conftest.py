@@ -36,7 +36,7 @@ from mixgpt.checkpoints.run_dir import RunDir
 from mixgpt.common.choices import ALLOCATIONS
 from mixgpt.evaluation.measures import Survey
 from mixgpt.kernels import columns
-from mixgpt.kernels.columns import UniformGrid
+from mixgpt.kernels.rounding import Levels, UniformGrid
 from mixgpt.modeling.baichuan import BaichuanConfig, BaiChuanForCausalLM, BaichuanForCausalLM
 from mixgpt.modeling.decoder import layers_of
 from mixgpt.modeling.linears import hooked, linears
@@ -400,7 +400,7 @@ def contents(folder):
 
 def load_compiled():
     """Load the compiled walk over columns from its cache, which takes most of the time of a tiny run."""
-    for grid in (None, UniformGrid(*torch.ones(3, 2), torch.float32)):
+    for grid in (None, UniformGrid(*torch.ones(3, 2), torch.float32), Levels.between(torch.ones(4, 2))):
         columns.walk_compiled(torch.ones(4, 2), torch.zeros(4, 2), torch.ones(4, 4), torch.zeros(4, 2) > 0, None, grid)
 
 

@@ -1,5 +1,7 @@
 """Check grids and rounding against plain Python: one number at a time, exhaustive search over all codes."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
-from mixgpt.quant import SHRINKS, Grid, Scheme, quantize_nearest
+from mixgpt.quant import CODEBOOKS, SHRINKS, Codebooks, Grid, Scheme, quantize_nearest
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 hypothesis_settings = settings(max_examples=40, deadline=None, derandomize=True, database=None)
@@ -47,6 +49,15 @@ def squared_error(values, factors, scale, zero, wbits):
                for w, factor in zip(values, factors, strict=True))
 
 
+def reference_codebook(number, wbits):
+    """Return the values of a codebook in units of its scale, ascending."""
+    a, c = CODEBOOKS[number]
+    top = 2 ** (wbits - 1) - 1
+    sizes = [rounded(a + (1 - a) * (math.exp(c * k / top) - 1) / (math.exp(c) - 1), torch.bfloat16)
+             for k in range(top + 1)]
+    return [-size for size in reversed(sizes)] + sizes
+
+
 def random_grid(rows, groups, width, wbits, dtype, sym=False, permuted=False, seed=0):
     """Return a Grid for matrices (rows, groups · width). permuted: whether columns of a group stand anywhere."""
     generator = torch.Generator().manual_seed(seed)
@@ -67,8 +78,64 @@ def test_rows_without_weights_have_a_finite_grid_that_holds_zero(sym, mse):
     W[0], pruned[1] = 0, True
     scale, zero = Scheme(4, sym=sym, mse=mse).fit(W, pruned, torch.bfloat16)
     assert scale.isfinite().all() and (scale > 0).all() and ((zero >= 0) & (zero <= 15)).all()
-    assert (Scheme(4).rounder(scale[:, None], zero[:, None], torch.bfloat16)(torch.zeros(3, 8)) == 0).all()
+    assert (Scheme(4).rounder(scale, zero, torch.bfloat16)(torch.zeros(8, 3)) == 0).all()
     assert Scheme(4, sym=sym, mse=mse).fit(W[:0], pruned[:0], torch.bfloat16)[0].shape == (0,)  # a process's share
+
+
+@pytest.mark.parametrize("mse", [False, True])
+def test_rows_without_weights_have_a_finite_codebook(mse):
+    W, pruned = random(3, 8), torch.zeros(3, 8, dtype=torch.bool)
+    W[0], pruned[1] = 0, True
+    scale, number = Codebooks(4, mse=mse).fit(W, pruned, torch.bfloat16)
+    assert scale.isfinite().all() and (scale > 0).all() and ((number >= 0) & (number <= 15)).all()
+    assert Codebooks(4, mse=mse).fit(W[:0], pruned[:0], torch.bfloat16)[0].shape == (0,)
+    W[0, 3], pruned[0, 3] = 0.5, False  # of a single weight all is known
+    scale, number = Codebooks(4, mse=True).fit(W, pruned, torch.float32)
+    assert rounded(0.5) in [rounded(value * scale[0].item()) for value in reference_codebook(int(number[0]), 4)]
+
+
+@hypothesis_settings
+@given(wbits=st.sampled_from([2, 3, 4]), dtype=dtypes, seed=seeds, outlier=st.sampled_from([1, 4]), weighted=booleans)
+def test_the_search_for_a_codebook_comes_near_the_least_error_over_kept_weights(wbits, dtype, seed, outlier, weighted):
+    W, pruned = random(2, 300, seed=seed), random(2, 300, seed=seed + 1) < 0
+    W[:, 0] *= outlier
+    W[pruned] *= 10
+    importance = random(300, seed=seed + 2).exp() if weighted else None
+    factors = importance if weighted else torch.ones(300)
+
+    def error(w, h, number, scale):
+        values = torch.tensor(reference_codebook(number, wbits)) * scale
+        return (h * (w[:, None] - values).square().amin(1)).sum().item()
+
+    for row, mask, scale, number in zip(W, pruned, *Codebooks(wbits, mse=True).fit(W, pruned, dtype, importance),
+                                        strict=True):
+        w, h = row[~mask], factors[~mask]
+        largest = w.abs().max().item()
+        least = min(error(w, h, book, largest * step / 40) for book in range(2**wbits) for step in range(8, 45))
+        found = error(w, h, int(number), scale.item())
+        assert rounded(scale.item(), dtype) == scale
+        assert found <= 1.05 * least + 1e-6
+        _, widest = Codebooks(wbits).fit(row[None], mask[None], torch.float32, importance)
+        assert all(error(w, h, int(widest), largest) <= error(w, h, book, largest) * (1 + 1e-4) + 1e-6
+                   for book in range(2**wbits))
+
+
+@pytest.mark.parametrize("wbits", [2, 3, 4])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_weights_of_codebooks_have_codes_and_zeros_stay_zeros(wbits, dtype):
+    W = magnitude_prune(random(6, 48).to(dtype), Target(0.5))
+    Q, grid = quantize_nearest(W, Codebooks(wbits, 16, mse=True))
+    assert torch.equal(Q == 0, W == 0) and len(grid.zero.unique()) > 1
+    codes = grid.codes(Q)
+    for i in range(6):
+        for j in range(48):
+            scale, number = grid.scale[i, j // 16].item(), int(grid.zero[i, j // 16])
+            values = [rounded(value * scale, dtype) for value in reference_codebook(number, wbits)]
+            nearest = min((abs(value - W[i, j].item()), value) for value in values)[1]
+            assert W[i, j] == 0 or Q[i, j].item() == values[codes[i, j]] == nearest
+    Q[2, 3] = 1.01 * grid.scale[2, 0]
+    with pytest.raises(ValueError, match="do not lie on the grid"):
+        grid.codes(Q)
 
 
 @hypothesis_settings

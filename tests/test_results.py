@@ -108,7 +108,8 @@ def test_the_preset_best_is_named_where_all_its_settings_are_those_of_the_run(ta
                   k=record(37.0, sparsity=0.5, preset="best") | {"distilled": "no room"})
     method = "ADMM (global, fisher, dense target, rotated heads, more text, distilled)"
     assert [re.split("  +", row)[0] for row in lines[4:]] == [
-        "best", method, "best 2:4", "best, effort 4", "best, not distilled", "best + 4 bit", f"{method} + 4 bit"]
+        "best", method, "best 2:4", "best, effort 4", "best, not distilled", "best + 4 bit codebook",
+        f"{method} + 4 bit"]
 
 
 def points_of(files):

@@ -75,7 +75,8 @@ def brute_force(W, H, sparsity, prunen, prunem, blocksize, saliency="obs", schem
             scale, zero = scheme.fit(W[:, j:j + width], pruned, torch.float64, H.diagonal()[j:j + width])
         if scheme:
             grids[j] = scale, zero
-            values = (torch.arange(2**scheme.wbits) - zero[:, None]) * scale[:, None]  # (out, codes)
+            codes = torch.arange(2**scheme.wbits).expand(rows, -1)
+            values = scheme.decode(codes, zero[:, None]).double() * scale[:, None]  # (out, codes)
             distance = (values - W[:, j, None]).abs()
             distance = torch.where((values - W_hat[:, j, None]).abs() < 1e-9, distance - 1e-9, distance)
             q = values.gather(1, distance.argmin(1, keepdim=True))[:, 0]

@@ -80,7 +80,7 @@ def heading(run: Run, command: str | None = None, whole: str | None = None) -> s
                f"alpha {settings.alpha:g}" if nonuniform else "",
                f"nprobes {settings.nprobes}" if settings.allocation.ranks else ""] if settings.prunes else []
     grids = ["" if settings.prunes else f"{run.method}, {count} matrices",
-             f"{scheme.wbits} bit, {'symmetric' if scheme.sym else 'asymmetric'}, for "
+             f"{scheme.wbits} bit, {scheme.name}{', symmetric' if scheme.sym else ''}, for "
              f"{'a row' if scheme.groupsize == -1 else f'{scheme.groupsize} columns of a row'} each",
              "range by least error" if scheme.mse else ""] if scheme else []
     if settings.calibrates:

@@ -35,13 +35,14 @@ NEEDS = {  # These flags make properties of Settings true; others are flags them
 }
 
 
-def recipe(preset: str | None = None, prunem: int = 0, wbits: int = 16, groupsize: int = -1, effort: float = 1.0,
-           **_: object) -> dict[str, Any]:
-    """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits and a groupsize.
+def recipe(preset: str | None = None, prunem: int = 0, wbits: int = 16, groupsize: int = -1, sym: bool = False,
+           effort: float = 1.0, **_: object) -> dict[str, Any]:
+    """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits, a groupsize and sym.
 
     In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Grids need
-    more text in the Hessians, and their scales learn from less. Columns are quantized in the order of activation unless
-    their groups would have to be stored.
+    more text in the Hessians, and their scales learn from less. They are codebooks unless they have 8 bits or sym is
+    set, for engines that read even grids only. Columns are quantized in the order of activation unless their groups
+    would have to be stored.
     effort: of best, as a multiple of its further text; the Hessians get its root where they start with more.
     """
     options: dict[str, Any] = dict(PRESETS.get(preset, {}))
@@ -50,6 +51,7 @@ def recipe(preset: str | None = None, prunem: int = 0, wbits: int = 16, groupsiz
     if preset == "best" and wbits < 16:
         options |= {"mse": True, "extra": 1.0} | ({"act_order": True} if groupsize == -1 else {})
         options |= {"distill": 0.375} if effort <= 1 else {}
+        options |= {"grid": "codebook"} if wbits <= 4 and not sym else {}
     if preset == "best":
         options["extra"] *= effort ** (0.5 if prunem or wbits < 16 else 1)
         options["distill"] *= effort

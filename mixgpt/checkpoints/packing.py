@@ -50,8 +50,10 @@ def encode(W: Tensor, grid: Grid | None = None) -> tuple[dict[str, Tensor], dict
             parts["zero"] = pack(grid.zero, bits)
         if not torch.equal(grid.group, consecutive(W.shape[1], grid.scale.shape[1])):
             parts["group"] = grid.group
-        values, kept = codes.flatten(), (codes != grid.zero[:, grid.group]).flatten()
-    if W.numel() + bits * int(kept.sum()) < bits * W.numel():
+        values, kept = codes.flatten(), (W != 0).flatten()
+    count = int(kept.sum())
+    # A grid may have no code of 0.
+    if W.numel() + bits * count < bits * W.numel() or grid and grid.scheme.name != "uniform" and count < W.numel():
         parts["mask"], values = pack(kept, 1), values[kept]
     parts |= {"values": values} if grid is None else {"codes": pack(values, bits)}
     return parts, description | {"parts": sorted(parts)}
@@ -75,7 +77,7 @@ def decode(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> Tenso
     grid = grid_of(parts, description)
     codes = grid.zero[:, grid.group].flatten()
     codes[kept] = unpack(parts["codes"], description["wbits"], int(kept.sum()))
-    return grid.weights(codes.view(shape))
+    return grid.weights(codes.view(shape)).masked_fill_(~kept.view(shape), 0)
 
 
 def grid_of(parts: Mapping[str, Tensor], description: Mapping[str, Any]) -> Grid:

@@ -85,16 +85,19 @@ class Allocation(Choice):
 
 def not_packed(settings: Any) -> str:
     """Return why a packed checkpoint cannot hold the run's result; empty if it can."""
-    if settings.grid != "uniform":
-        return "supports uniform grids only"
-    if not (settings.wbits in (4, 8) and settings.sym):
-        return "supports symmetric grids of 4 or 8 bits; needs --wbits 4 or 8, and --sym"
+    if not (settings.wbits in (4, 8) and settings.sym and settings.grid == "uniform"):
+        return "supports uniform symmetric grids of 4 or 8 bits; needs --wbits 4 or 8, and --sym"
     if settings.act_order and settings.groupsize != -1:
         return "supports groups of consecutive columns only; with --act-order needs --groupsize -1"
     return ""
 
 
-GRIDS = Registry({"uniform": Choice("evenly spaced values", "mixgpt.quant:Scheme")})
+GRIDS = Registry({
+    "uniform": Choice("evenly spaced values", "mixgpt.quant:Scheme"),
+    "codebook": Choice("uneven values, of which pruned rows need none around 0", "mixgpt.quant:Codebooks",
+                       refuses=lambda settings: (
+                           "has 2, 3 or 4 bits, and is symmetric without --sym"
+                           if settings.sym or settings.wbits > 4 else ""))})
 FORMATS = Registry({
     "dense": SaveFormat("every weight in its dtype, as by save_pretrained", "mixgpt.checkpoints.formats:save_dense",
                         streams=True, holds_experts=True),

@@ -2,41 +2,27 @@
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from mixgpt.common.errors import one_line
+from mixgpt.kernels.rounding import Levels, UniformGrid
 from mixgpt.kernels.selection import compiled, smallest_in_groups
 
 TILE = 64  # Rows of W that are walked together.
 Choice = tuple[int, Tensor, Tensor] | None  # As `walk_columns` takes it.
 
 
-class UniformGrid(NamedTuple):
-    """A function that rounds W to a multiple of scale, between low and high times it, as computed in `dtype`."""
-
-    scale: Tensor  # (out,), like low and high.
-    low: Tensor
-    high: Tensor
-    dtype: torch.dtype
-
-    def __call__(self, W: Tensor) -> Tensor:
-        """Round W (..., out). Returns W's dtype."""
-        return (W / self.scale).round_().clamp_(self.low, self.high).mul_(self.scale).to(self.dtype).to(W.dtype)
-
-
 def walk_columns(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice,
-                 grid: Callable[[Tensor], Tensor] | None) -> None:
+                 grid: UniformGrid | Levels | None) -> None:
     """Prune or round the weights of each column in turn, compensating the error in the columns after it.
 
     W: (n, out), the columns of a range, updated for all errors before it; overwritten with the new weights. E: (n,
     out), overwritten with the errors divided by the diagonal of U. U: (n, n), upper triangular. mask: (n, out), the
     weights to prune. choice: (prunem, prunens (out,), int32, factors (n,)), to choose here the prunen lowest scores
-    w² · factors of every prunem weights of a row, masked ones first; or None. grid: a function that rounds a column
-    (out,), a UniformGrid for the compiled walks; or None.
+    w² · factors of every prunem weights of a row, masked ones first; or None. grid: rounds a column (out,); or None.
     SparseGPT (arXiv 2301.00774), algorithm 1, and GPTQ (arXiv 2210.17323), eq. 2 and 3.
     """
     prunem, prunens, factors = choice or (0, 0, W)
@@ -54,15 +40,17 @@ def walk_columns(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice,
         w.copy_(q)
 
 
-def walk_compiled(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice, grid: UniformGrid | None) -> None:
+def walk_compiled(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: Choice,
+                  grid: UniformGrid | Levels | None) -> None:
     """Do the same on the host, compiled, in one thread: the errors of a tile of rows stay in L1 cache."""
     nothing = W.new_empty(0)
     prunem, prunens, factors = choice or (0, nothing.int(), nothing)
-    limits = grid[:3] if grid else (nothing,) * 3
+    limits = grid[:3] if isinstance(grid, UniformGrid) else (nothing,) * 3
+    levels = grid if isinstance(grid, Levels) else (nothing[None],) * 2
     # All arrays are contiguous, because numba compiles for seconds for each kind of array.
-    U, factors, *limits = (x.contiguous().numpy() for x in (U, factors, *limits))
+    U, factors, *limits = (x.contiguous().numpy() for x in (U, factors, *limits, *levels))
     _walk_rows(W.numpy(), E.numpy(), U, mask.numpy(), factors, prunem, prunens.numpy(), *limits,
-               grid is not None and grid.dtype == torch.bfloat16)
+               isinstance(grid, UniformGrid) and grid.dtype == torch.bfloat16)
 
 
 @compiled
@@ -76,18 +64,23 @@ def _update(W: np.ndarray, E: np.ndarray, U: np.ndarray, column: int, start: int
 
 @compiled
 def _walk_rows(W: np.ndarray, E: np.ndarray, U: np.ndarray, mask: np.ndarray, factors: np.ndarray, prunem: int,
-               prunens: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray, bfloat16: bool) -> None:
-    """Walk all columns; scale is empty without quantization."""
+               prunens: np.ndarray, scale: np.ndarray, low: np.ndarray, high: np.ndarray, borders: np.ndarray,
+               values: np.ndarray, bfloat16: bool) -> None:
+    """Walk all columns; scale is empty unless grids are uniform, values unless they have levels."""
     (columns, out), width = W.shape, max(prunem, 1)
     w, remove = np.zeros((columns, TILE), W.dtype), np.zeros((columns, TILE), np.bool_)
     rank, prunen = np.zeros(TILE, np.int32), np.zeros(TILE, np.int32)
     e, scores, limits = np.zeros_like(w), np.zeros_like(w), np.ones((3, TILE), W.dtype)
     step, least, most = limits[0], limits[1], limits[2]
+    border, value = np.zeros((len(borders), TILE), W.dtype), np.zeros((len(values), TILE), W.dtype)
+    uniform, uneven = len(scale) > 0, values.size > 0
     for first in range(0, out, TILE):
         rows = min(TILE, out - first)
         part = slice(first, first + rows)
         w[:, :rows], remove[:, :rows] = W[:, part], mask[:, part]
-        if len(scale):
+        if uneven:
+            border[:, :rows], value[:, :rows] = borders[:, part], values[:, part]
+        if uniform:
             step[:rows], least[:rows], most[:rows] = scale[part], low[part], high[part]
         if prunem:
             prunen[:rows] = prunens[part]
@@ -99,22 +92,26 @@ def _walk_rows(W: np.ndarray, E: np.ndarray, U: np.ndarray, mask: np.ndarray, fa
             for j in range(group, group + width):
                 _update(w, e, U, j, group, j)
                 diagonal = 1 / U[j, j]
-                if len(scale) == 0:
-                    for r in range(TILE):
-                        e[j, r] = w[j, r] * diagonal if remove[j, r] else 0
-                        w[j, r] = 0 if remove[j, r] else w[j, r]
-                else:
-                    for r in range(TILE):
-                        q = min(max(np.rint(w[j, r] / step[r]), least[r]), most[r]) * step[r]
-                        e[j, r] = 0 if remove[j, r] else q
-                    if bfloat16:
-                        bits = e[j].view(np.uint32)
+                q = e[j]
+                for r in range(TILE):
+                    q[r] = value[0, r] if uneven else w[j, r]
+                if uneven:
+                    for level in range(len(border)):
                         for r in range(TILE):
-                            bits[r] = (bits[r] + 0x7FFF + ((bits[r] >> 16) & 1)) & 0xFFFF0000
+                            q[r] = value[level + 1, r] if w[j, r] > border[level, r] else q[r]
+                if uniform:
                     for r in range(TILE):
-                        q = e[j, r]
-                        e[j, r] = (w[j, r] - q) * diagonal
-                        w[j, r] = q
+                        q[r] = min(max(np.rint(w[j, r] / step[r]), least[r]), most[r]) * step[r]
+                for r in range(TILE):
+                    q[r] = 0 if remove[j, r] else q[r]
+                if bfloat16:
+                    bits = q.view(np.uint32)
+                    for r in range(TILE):
+                        bits[r] = (bits[r] + 0x7FFF + ((bits[r] >> 16) & 1)) & 0xFFFF0000
+                for r in range(TILE):
+                    rounded = q[r]
+                    e[j, r] = (w[j, r] - rounded) * diagonal
+                    w[j, r] = rounded
         W[:, part], E[:, part], mask[:, part] = w[:, :rows], e[:, :rows], remove[:, :rows]
 
 
@@ -148,11 +145,9 @@ def triton_obstacle(device: torch.device) -> str | None:
     return None
 
 
-def fastest(W: Tensor, grid: Callable | None = None) -> Callable:
+def fastest(W: Tensor, grid: UniformGrid | Levels | None = None) -> Callable:
     """Return the fastest `walk_columns` for a matrix and a grid."""
-    if grid is not None and not isinstance(grid, UniformGrid):
-        return walk_columns
-    dtypes = W.dtype, W.dtype if grid is None else grid.dtype
+    dtypes = W.dtype, grid.dtype if isinstance(grid, UniformGrid) else W.dtype
     if W.device.type == "cpu" and (dtypes[0] == dtypes[1] or dtypes == (torch.float32, torch.bfloat16)):
         return walk_compiled
     if W.device.type == "cuda" and W.dtype == torch.float32 and triton_obstacle(W.device) is None:

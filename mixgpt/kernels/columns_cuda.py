@@ -9,6 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from mixgpt.kernels.rounding import Levels, UniformGrid
+
 ROWS, TILE = 32, 4096  # A program has at most so many rows and weights of W: 32 registers per thread.
 WARPS = 4
 GRID_DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -16,22 +18,25 @@ ROUNDER = tl.constexpr(1.5 * 2**23)  # The spacing of float32 is 1 at this size:
 
 
 def walk_columns(W: Tensor, E: Tensor, U: Tensor, mask: Tensor, choice: tuple[int, Tensor, Tensor] | None,
-                 grid: tuple | None) -> None:
+                 grid: UniformGrid | Levels | None) -> None:
     """Walk the columns of a range on the device; arguments as in `columns.walk_columns`, all float32."""
     columns, out = W.shape
     padded = triton.next_power_of_2(columns)
     tile = max(min(ROWS, TILE // padded), 1)
     prunem, prunens, factors = choice or (0, None, None)
-    scale, low, high, dtype = grid or (None, None, None, torch.float32)
+    scale, low, high, dtype = grid if isinstance(grid, UniformGrid) else (None, None, None, torch.float32)
+    borders, values = grid if isinstance(grid, Levels) else (None, None)
     with torch.cuda.device_of(W):  # Triton launches on the current device.
         _walk_rows[triton.cdiv(out, tile),](
-            W, E, U, mask, factors, prunens, scale, low, high, columns, out, *U.stride(), PRUNEM=prunem,
-            DTYPE=GRID_DTYPES[dtype], COLUMNS=padded, ROWS=tile, num_warps=WARPS, enable_fp_fusion=True)
+            W, E, U, mask, factors, prunens, scale, low, high, borders, values, columns, out, *U.stride(),
+            PRUNEM=prunem, LEVELS=0 if values is None else len(values), DTYPE=GRID_DTYPES[dtype], COLUMNS=padded,
+            ROWS=tile, num_warps=WARPS, enable_fp_fusion=True)
 
 
 @triton.jit
-def _walk_rows(W, E, U, mask, factors, prunens, scale, low, high, columns, out, u_row, u_column,
-               PRUNEM: tl.constexpr, DTYPE: tl.constexpr, COLUMNS: tl.constexpr, ROWS: tl.constexpr):
+def _walk_rows(W, E, U, mask, factors, prunens, scale, low, high, borders, values, columns, out, u_row, u_column,
+               PRUNEM: tl.constexpr, LEVELS: tl.constexpr, DTYPE: tl.constexpr, COLUMNS: tl.constexpr,
+               ROWS: tl.constexpr):
     """Walk a tile of rows of the matrix. Only U, of strides u_row and u_column, need not be contiguous."""
     column, row = tl.arange(0, COLUMNS), tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     real = row < out
@@ -63,6 +68,11 @@ def _walk_rows(W, E, U, mask, factors, prunens, scale, low, high, columns, out, 
         if scale is not None:
             q = tl.clamp(tl.div_rn(w, step), least, most, propagate_nan=tl.PropagateNan.ALL)
             q = (((q + ROUNDER) - ROUNDER) * step).to(DTYPE).to(tl.float32)
+        if LEVELS:
+            q = tl.load(values + row, mask=real, other=0)
+            for level in range(1, LEVELS):
+                above = w > tl.load(borders + (level - 1) * out + row, mask=real, other=0)
+                q = tl.where(above, tl.load(values + level * out + row, mask=real, other=0), q)
         q = tl.where(removed, 0.0, q)
         e = (w - q) / tl.load(U + j * (u_row + u_column))
         tl.store(at_w + j * out, q, mask=real)

@@ -299,7 +299,7 @@ class _Scales:
 
     def begin(self, weight: Tensor) -> dict[str, Tensor]:
         """Return what will be kept of a weight."""
-        return {"codes": self.grid.codes(weight)}
+        return {"units": self.grid.units(self.grid.codes(weight)).masked_fill_(weight == 0, 0).bfloat16()}  # exact
 
     def gradient(self, weight: Tensor) -> Tensor:
         """Return the gradient of the factors."""
@@ -312,7 +312,7 @@ class _Scales:
         """Subtract the gradient times a factor of each row (rows, 1) from the factors."""
         self.factors.sub_(gradient.float().mul_(factor))
         self.grid.scale.copy_(self.before * self.factors)
-        weight.copy_(self.grid.weights(kept["codes"]))
+        weight.copy_(kept["units"] * self.grid.scale[:, self.grid.group])
 
     def finish(self, weight: Tensor, dtype: torch.dtype) -> None:
         """Give the grid its scales."""

@@ -80,7 +80,9 @@ def test_the_parts_of_a_run_add_up_to_its_time_also_where_it_does_what_has_no_na
     ("opt", "dense", "--wbits 4 --sparsity .5 --sym --sparsity-way weight-level --sensitivity fisher"),
     ("llama", "compressed-tensors", "--wbits 8 --sym --nearest --groupsize 16"),
     ("bloom", "compressed-tensors", "--wbits 4 --sym --sparsity .5 --act-order --distill 2"),
-    ("opt", "compressed-tensors", "--wbits 4 --sym --prunen 2 --prunem 4 --groupsize 8 --mse")])
+    ("opt", "compressed-tensors", "--wbits 4 --sym --prunen 2 --prunem 4 --groupsize 8 --mse"),
+    ("llama", "sparse", "--wbits 4 --grid codebook --sparsity .5 --mse --act-order --distill 1"),
+    ("opt", "sparse", "--wbits 3 --grid codebook --groupsize 8 --nearest")])
 def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, save_format, options, prune, tmp_path):
     folder = tmp_path / "saved"
     out, record = prune(name, options, "--save", folder, "--save-format", save_format), record_of(folder)
@@ -97,7 +99,7 @@ def test_a_quantized_model_is_saved_with_its_zeros_and_reports_its_size(name, sa
         assert "--prunen" not in words or ((module.weight.view(-1, 4) == 0).sum(1) >= 2).all()
 
     [(method, perplexities)] = record["perplexity"].items()
-    assert method.endswith(f"{wbits} bit") and f"\n{method} " in out
+    assert method.endswith(f"{wbits} bit" + " codebook" * ("codebook" in words)) and f"\n{method} " in out
     again = prune(name, model=folder)  # what was saved is a model like any other
     label = "as given" if sum(m.zeros for m in counted) > 0.25 * sum(m.numel for m in counted) else "dense"
     assert re.search(rf"^{label} +{perplexities['builtin']:.2f}$", again, re.MULTILINE)
@@ -115,7 +117,7 @@ def test_kept_weights_are_quantized_after_distillation_as_in_a_run_of_its_own(pr
     options, saved = "--extra 0 --no-act-order --save", [tmp_path / name for name in "abc"]
     for more, folder in zip(("--wbits 4", ""), saved[:2], strict=True):
         prune("llama", "--prunen 2 --prunem 4 --preset best --effort 1.1", more, options, folder)
-    prune("llama", "--wbits 4 --mse --target dense --percdamp .1", options, saved[2], model=saved[1])
+    prune("llama", "--wbits 4 --grid codebook --mse --target dense --percdamp .1", options, saved[2], model=saved[1])
     assert_same_weights(saved[0], saved[2])
     assert {row["wbits"] for row in record_of(saved[0])["matrices"]} == {4}
 
@@ -193,10 +195,11 @@ BEST = "--sparsity-way global --saliency fisher --solver admm --target dense --r
     ("best --effort 4", "--sparsity .5", f"{BEST} --extra 2 --distill 2.5"),
     ("best --effort 4", "--prunen 2 --prunem 4",
      "--solver admm --target dense --rotate --alpha .15 --percdamp .1 --extra 2 --distill 2.5"),
-    ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4",
+    ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4 --sym",
      f"{BEST} --alpha .2 --solver obs --extra 1 --distill .375 --mse --act-order"),
-    ("best --effort 4", "--sparsity .5 --wbits 4", f"{BEST} --extra 2 --distill 2.5 --mse --act-order"),
-    ("best", "--sparsity .5 --wbits 3 --groupsize 16 --distill 0 --no-mse", f"{BEST} --extra 1"),
+    ("best --effort 4", "--sparsity .5 --wbits 4",
+     f"{BEST} --extra 2 --distill 2.5 --grid codebook --mse --act-order"),
+    ("best", "--sparsity .5 --wbits 3 --groupsize 16 --distill 0 --no-mse", f"{BEST} --grid codebook --extra 1"),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected):
     mixture = "c4:0.5,self:0.5" if "best" in preset else "c4"
@@ -353,10 +356,12 @@ def test_a_saved_model_is_replaced_with_overwrite_and_no_other_folder(checkpoint
     ("--mse", "--mse: needs --wbits"),
     ("--wbits 4 --nearest --sparsity .5", "--nearest: rounds without calibration; with --sparsity"),
     ("--wbits 4 --nearest --act-order", "--act-order: needs calibration"),
+    ("--wbits 8 --grid codebook", "--grid codebook: has 2, 3 or 4 bits, and is symmetric without --sym"),
+    ("--wbits 4 --sym --sparsity .5 --grid codebook --save-format compressed-tensors", "--grid codebook: has 2"),
     ("--wbits 4 --groupsize 2 --prunen 2 --prunem 4 --act-order",
      "--act-order --groupsize 2: must be at least 4, as the 4 columns of an n:m group stay together"),
     ("--wbits 4 --groupsize 16 --prunen 2 --prunem 6", "--groupsize 16 --prunem 6: one must divide the other"),
-    ("--sparsity .5 --save-format compressed-tensors", "supports symmetric grids of 4 or 8 bits"),
+    ("--sparsity .5 --save-format compressed-tensors", "supports uniform symmetric grids of 4 or 8 bits"),
     ("--wbits 4 --save-format compressed-tensors", "needs --wbits 4 or 8, and --sym"),
     ("--wbits 4 --sym --groupsize 8 --act-order --save-format compressed-tensors",
      "supports groups of consecutive columns only; with --act-order needs --groupsize -1"),

@@ -15,7 +15,7 @@ from mixgpt.modeling import streaming
 from mixgpt.modeling.decoder import path_of
 from mixgpt.pruning.layerwise import magnitude_prune
 from mixgpt.pruning.targets import Target
-from mixgpt.quant import Scheme, quantize_nearest
+from mixgpt.quant import Codebooks, Scheme, quantize_nearest
 
 SYM, SYM_GROUPS, ASYM_GROUPS = Scheme(4, sym=True), Scheme(4, 8, sym=True), Scheme(4, 8)
 
@@ -66,7 +66,7 @@ def logits(model, tokens):
 @pytest.mark.parametrize("save_format, scheme", [
     ("dense", None), ("compressed-tensors", SYM), ("compressed-tensors", SYM_GROUPS),
     ("compressed-tensors", Scheme(8, 16, sym=True)), ("sparse", None), ("sparse", SYM), ("sparse", ASYM_GROUPS),
-    ("sparse", Scheme(3, 16, sym=True))])
+    ("sparse", Scheme(3, 16, sym=True)), ("sparse", Codebooks(4))])
 def test_a_saved_model_comes_back_bit_for_bit(save_format, scheme, dtype, name, halved, tokenizer, tokens, tmp_path):
     model, grids = halved(name, scheme, dtype)
     model.generation_config.eos_token_id = [7, 9]

@@ -27,10 +27,11 @@ from mixgpt.common.errors import InputError
 from mixgpt.evaluation.generation import complete
 from mixgpt.evaluation.measures import perplexities
 from mixgpt.kernels import sparse_cpu
-from mixgpt.quant import Scheme, quantize_nearest
+from mixgpt.quant import Codebooks, Scheme, quantize_nearest
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SCHEMES = [None, *(Scheme(wbits, *grid) for wbits in (2, 3, 4, 8) for grid in ((-1, True), (64, False)))]
+SCHEMES = [None, *(Scheme(wbits, *grid) for wbits in (2, 3, 4, 8) for grid in ((-1, True), (64, False))),
+           Codebooks(4, mse=True), Codebooks(3, 64)]
 
 
 def packed_and_dense(rows, columns, dtype, scheme=None, sparsity=0.5, permuted=False):

@@ -21,14 +21,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from mixgpt.kernels import columns_cuda, sparse_cuda
+from mixgpt.kernels.rounding import Levels, UniformGrid
 from mixgpt.kernels.sparse_cpu import Kernel
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 POINTERS = {torch.float32: "*fp32", torch.bool: "*i1", torch.int32: "*i32", torch.int64: "*i64",
             torch.uint8: "*u8", torch.bfloat16: "*bf16", torch.float16: "*fp16"}
-# rows, columns, m of n:m, dtype of the grid or None, whether U is row-major
+# rows, columns, m of n:m, dtype of the grid, its levels if they are uneven or None, whether U is row-major
 KERNELS = [(4096, 128, 0, None, True), (4096, 128, 8, None, False), (4096, 128, 0, torch.float16, False),
-           (4096, 128, 4, torch.bfloat16, False)]
+           (4096, 128, 4, torch.bfloat16, False), (4096, 128, 0, 16, False), (4096, 128, 4, 16, False)]
 # dtype, bits of codes or 0, tokens or 0 to expand
 PACKED = [(torch.bfloat16, 0, 1), (torch.float16, 0, 8), (torch.bfloat16, 4, 1), (torch.bfloat16, 3, 0)]
 
@@ -36,10 +37,11 @@ PACKED = [(torch.bfloat16, 0, 1), (torch.float16, 0, 8), (torch.bfloat16, 4, 1),
 def launches():
     """Return (kernel, arguments, options) of all kernels, as ranges of 128 columns out of 512 launch them."""
     found = []
-    for rows, columns, m, dtype, by_rows in KERNELS:
+    for rows, columns, m, kind, by_rows in KERNELS:
         W, U = torch.zeros(512, rows)[:columns], torch.zeros(512, 512)
         U = (U if by_rows else U.t())[:columns, :columns]
-        grid = dtype and (torch.ones(rows), torch.zeros(rows), torch.ones(rows), dtype)
+        grid = UniformGrid(torch.ones(rows), torch.zeros(rows), torch.ones(rows), kind)
+        grid = Levels.between(torch.zeros(kind, rows)) if isinstance(kind, int) else kind and grid
         choice = (m, torch.full((rows,), m // 2, dtype=torch.int32), torch.ones(columns)) if m else None
         with mock.patch.object(columns_cuda, "_walk_rows", mock.MagicMock()) as recorder:
             columns_cuda.walk_columns(W, torch.zeros_like(W), U, W > 0, choice, grid)

@@ -13,7 +13,7 @@ import torch
 from conftest import CPU, ON_GPU
 
 from mixgpt.kernels import columns
-from mixgpt.kernels.columns import UniformGrid
+from mixgpt.kernels.rounding import Levels, UniformGrid
 
 GPU = torch.device("cuda" if ON_GPU else "cpu")  # Triton's interpreter runs on the CPU
 TOLERANCE = {torch.float32: 2e-5, torch.float64: 1e-10}
@@ -28,6 +28,7 @@ class Case(NamedTuple):
     prunem: int = 0
     prunens: tuple = ()
     wbits: int = 0  # 0: not rounded
+    uneven: bool = False  # rounded to any 2^wbits values
     sym: bool = False
     dtype: torch.dtype = torch.float32  # of the grids
     seed: int = 0
@@ -37,7 +38,8 @@ SPARSE = [Case(1, (7,)), Case(5, (1,)), Case(16, (130,)), Case(128, (70,))]
 N_OF_M = [Case(16, (64,), 4, (2,)), Case(48, (40, 90), 4, (1, 3)), Case(128, (33, 10, 5), 4, (2, 0, 4)),
           Case(15, (9, 1), 5, (2, 3))]
 GRIDS = [Case(48, (64,), wbits=2), Case(16, (130,), wbits=3, sym=True), Case(1, (1,), wbits=4),
-         Case(48, (20, 50), 4, (1, 3), wbits=4), Case(16, (33,), 8, (4,), wbits=8)]
+         Case(48, (20, 50), 4, (1, 3), wbits=4), Case(16, (33,), 8, (4,), wbits=8),
+         Case(48, (70,), wbits=4, uneven=True), Case(16, (20, 50), 4, (1, 3), wbits=2, uneven=True)]
 BFLOAT16 = [Case(48, (40,), wbits=8, sym=True, dtype=torch.bfloat16),
             Case(16, (7, 60), 4, (2, 1), wbits=4, dtype=torch.bfloat16)]
 FLOAT16 = [Case(48, (70,), wbits=8, dtype=torch.float16), Case(16, (20,), 4, (2,), wbits=2, dtype=torch.float16)]
@@ -86,6 +88,8 @@ def make(case):
         zero = torch.randint(codes // 3, codes // 2 + 1, (out,), generator=generator)
         zero = torch.full((out,), (codes + 1) // 2) if case.sym else zero
         grid = scale.double(), -zero.double(), (codes - zero).double(), case.dtype
+    if case.uneven:
+        grid = torch.randn(codes + 1, out, generator=generator).sort(0).values.double(),
     return W.double(), U.double(), mask, factors.double(), grid
 
 
@@ -112,11 +116,15 @@ def brute_force(case):
                     margin[row] = min(margin[row], scores[order[n]] / scores[order[n - 1]] - 1)
             q = 0.0 if mask[j, row] else w[j]
             if grid and not mask[j, row]:
-                scale, low, high = (x[row].item() for x in grid[:3])
-                steps = w[j] / scale
+                if case.uneven:
+                    nearest, other = sorted(grid[0][:, row].tolist(), key=lambda value, w=w[j]: abs(w - value))[:2]
+                    steps, q = (w[j] - nearest) / ((other - nearest) or 1), nearest
+                else:
+                    scale, low, high = (x[row].item() for x in grid[:3])
+                    steps = w[j] / scale
+                    q = torch.tensor(min(max(round(steps), low), high) * scale, dtype=torch.float64)
+                    q = q.to(case.dtype).item()
                 margin[row] = min(margin[row], abs(steps % 1 - 0.5))
-                q = torch.tensor(min(max(round(steps), low), high) * scale, dtype=torch.float64)
-                q = q.to(case.dtype).item()
             E[j, row] = (w[j] - q) / U[j, j]
             w[j:] -= E[j, row] * U[j, j:]  # the first of them: w − (w − q)
             w[j] = q
@@ -155,9 +163,11 @@ def test_walks_as_the_formulas_say(name, dtype, case, layouts):
     large_mask, inner_mask = inside(mask, device, **matrix)
     large_U, inner_U = inside(U.to(dtype), device, extra_columns=4, **triangle)
     factors = factors.to(device, dtype)
-    grid = grid and (*(x.to(device, dtype) for x in grid[:3]), grid[3])
+    if grid:
+        tensors = [x.to(device, dtype) for x in grid[:3]]
+        grid = Levels.between(*tensors) if case.uneven else UniformGrid(*tensors, grid[3])
     choice = case.prunem and (case.prunem, torch.tensor(prunens_of(case), dtype=torch.int32, device=device), factors)
-    walk(inner_W, inner_E, inner_U, inner_mask, choice, grid and UniformGrid(*grid))
+    walk(inner_W, inner_E, inner_U, inner_mask, choice, grid)
 
     new, errors, removed, compared = brute_force(case)
     assert compared.double().mean() >= 0.5
@@ -213,7 +223,7 @@ def test_the_fastest_walk_that_can_round_is_chosen(device, dtype, grid_dtype, wa
     grid, (walk, _) = grid_dtype and UniformGrid(ones, ones, ones, grid_dtype), walker(walk)
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: None)
     assert columns.fastest(W, grid) is walk
-    assert columns.fastest(W, torch.round) is columns.walk_columns
+    assert columns.fastest(W, Levels(ones, ones)) is columns.fastest(W)
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: "No module named 'triton'")
     assert columns.fastest(W, grid) is (walk if device == "cpu" else columns.walk_columns)
 

@@ -14,7 +14,7 @@ import torch
 from conftest import ROOT
 
 from mixgpt.checkpoints.packing import encode
-from mixgpt.quant import Scheme, quantize_nearest
+from mixgpt.quant import Codebooks, Scheme, quantize_nearest
 
 
 @dataclass
@@ -82,7 +82,7 @@ def matrix(rows, scheme):
     return W, grid
 
 
-@pytest.mark.parametrize("scheme", [None, Scheme(4, sym=True), Scheme(3, 64)], ids=str)
+@pytest.mark.parametrize("scheme", [None, Scheme(4, sym=True), Scheme(3, 64), Codebooks(4)], ids=str)
 @pytest.mark.parametrize("loses_grids", [False, True])
 def test_a_merged_layer_is_packed_from_the_parts_of_the_file(loses_grids, scheme, plugin):
     """loses_grids: what vLLM hands on may be a copy."""
