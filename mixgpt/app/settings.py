@@ -24,7 +24,7 @@ PRESETS = {  # Explicit flags override them.
     "mixgpt": {"sparsity_way": "weight-level", "sensitivity": "fisher", "saliency": "isc", "solver": "obs",
                "target": "layer"},
     "best": {"sparsity_way": "global", "alpha": 0.15, "saliency": "fisher", "solver": "admm", "target": "dense",
-             "rotate": True, "percdamp": 0.1, "extra": 0.5, "distill": 0.625},
+             "rotate": True, "percdamp": 0.1, "extra": 0.5, "distill": 0.5},
 }
 WITH_OWN = "c4:0.5,self:0.5"  # This is what best calibrates on in place of C4, which may lack what a model is made for.
 NEEDS = {  # These flags make properties of Settings true; others are flags themselves.

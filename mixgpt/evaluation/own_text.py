@@ -25,7 +25,7 @@ from mixgpt.modeling.placing import whole
 from mixgpt.modeling.streaming import fingerprint, write
 from mixgpt.pruning import needs
 
-PIECE = 128  # Tokens of a piece, which the model writes one after the other, but of many pieces at a time.
+PIECE = 64  # Tokens of a piece, which the model writes one after the other, but of many pieces at a time.
 TOGETHER = 256  # At most so many.
 BELOW_ONE = 1 - 1e-6  # A product with it is smaller, so that what is drawn has a probability.
 BLOCK = 256  # Probabilities are summed over so many tokens of the vocabulary first.

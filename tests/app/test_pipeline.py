@@ -191,14 +191,14 @@ BEST = "--sparsity-way global --saliency fisher --solver admm --target dense --r
 @pytest.mark.parametrize("preset, amount, expected", [
     ("sparsegpt", "--sparsity .5", "--sparsity-way uniform --saliency obs --solver obs"),
     ("mixgpt", "--sparsity .5", "--sparsity-way weight-level --saliency isc --sensitivity fisher"),
-    ("best", "--sparsity .5", f"{BEST} --extra .5 --distill .625"),
-    ("best --effort 4", "--sparsity .5", f"{BEST} --extra 2 --distill 2.5"),
+    ("best", "--sparsity .5", f"{BEST} --extra .5 --distill .5"),
+    ("best --effort 4", "--sparsity .5", f"{BEST} --extra 2 --distill 2"),
     ("best --effort 4", "--prunen 2 --prunem 4",
-     "--solver admm --target dense --rotate --alpha .15 --percdamp .1 --extra 2 --distill 2.5"),
+     "--solver admm --target dense --rotate --alpha .15 --percdamp .1 --extra 2 --distill 2"),
     ("best", "--sparsity .5 --alpha .2 --solver obs --wbits 4 --sym",
      f"{BEST} --alpha .2 --solver obs --extra 1 --distill .375 --mse --act-order"),
     ("best --effort 4", "--sparsity .5 --wbits 4",
-     f"{BEST} --extra 2 --distill 2.5 --grid codebook --mse --act-order"),
+     f"{BEST} --extra 2 --distill 2 --grid codebook --mse --act-order"),
     ("best", "--sparsity .5 --wbits 3 --groupsize 16 --distill 0 --no-mse", f"{BEST} --grid codebook --extra 1"),
 ])
 def test_a_preset_is_its_flags_and_flags_given_override_it(preset, amount, expected):
