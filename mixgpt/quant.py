@@ -3,6 +3,7 @@
 A weight on an even grid is w = scale · (code − zero) with code 0 … 2^wbits − 1; the value 0 is always on it.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -91,6 +92,15 @@ class Scheme:
         return codes.float() - zero
 
 
+@functools.cache  # Each copy from the host takes time.
+@torch.inference_mode(False)
+def codebook_magnitudes(wbits: int, device: torch.device) -> Tensor:
+    """Return the magnitudes in each codebook, ascending, (codebooks, 2^(wbits − 1)), exact in every dtype."""
+    top = 2 ** (wbits - 1) - 1
+    return torch.tensor([[a + (1 - a) * math.expm1(c * k / top) / math.expm1(c) for k in range(top + 1)]
+                         for a, c in CODEBOOKS[:2**wbits]]).bfloat16().float().to(device, non_blocking=True)
+
+
 class Codebooks(Scheme):
     """Uneven grids of ± 2^(wbits − 1) magnitudes, without 0: `zero` says which of several a row or group takes.
 
@@ -99,13 +109,6 @@ class Codebooks(Scheme):
     """
 
     name = "codebook"
-
-    @property
-    def magnitudes(self) -> Tensor:
-        """The magnitudes in each codebook, ascending, (codebooks, 2^(wbits − 1)), exact in every dtype."""
-        top = 2 ** (self.wbits - 1) - 1
-        return torch.tensor([[a + (1 - a) * math.expm1(c * k / top) / math.expm1(c) for k in range(top + 1)]
-                             for a, c in CODEBOOKS[:2**self.wbits]]).bfloat16().float()
 
     def fit(self, W: Tensor, pruned: Tensor, dtype: torch.dtype,
             importance: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -124,7 +127,7 @@ class Codebooks(Scheme):
         Σ h (|w| − q)² over the weights h that are rounded to one q is known from Σ h, Σ h |w| and Σ h |w|², and these
         from cumulative sums in the order of |w|.
         """
-        magnitudes = self.magnitudes.to(A)
+        magnitudes = codebook_magnitudes(self.wbits, A.device).to(A.dtype)
         borders = (magnitudes[:, 1:] + magnitudes[:, :-1]) / 2
         A, order = A.sort(1)
         h = importance[order].masked_fill_(A == 0, 0)
@@ -147,14 +150,14 @@ class Codebooks(Scheme):
         return scale.gather(1, best)[:, 0], best[:, 0]
 
     def encode(self, units: Tensor, zero: Tensor) -> Tensor:
-        magnitudes, zero, size = self.magnitudes.to(units), zero.long(), units.abs()
+        magnitudes, zero, size = codebook_magnitudes(self.wbits, units.device), zero.long(), units.abs()
         above = torch.zeros(units.shape, dtype=torch.uint8, device=units.device)
         for border in ((magnitudes[:, 1:] + magnitudes[:, :-1]) / 2).t():
             above += size > border[zero]
         return torch.where(units < 0, 2 ** (self.wbits - 1) - 1 - above, 2 ** (self.wbits - 1) + above)
 
     def decode(self, codes: Tensor, zero: Tensor) -> Tensor:
-        magnitudes = self.magnitudes.to(codes.device)
+        magnitudes = codebook_magnitudes(self.wbits, codes.device)
         return torch.cat([-magnitudes.flip(1), magnitudes], 1)[zero.long(), codes.long()]
 
 
