@@ -312,7 +312,8 @@ class _Scales:
         """Subtract the gradient times a factor of each row (rows, 1) from the factors."""
         self.factors.sub_(gradient.float().mul_(factor))
         self.grid.scale.copy_(self.before * self.factors)
-        weight.copy_(kept["units"] * self.grid.scale[:, self.grid.group])
+        scale = self.grid.scale[:, self.grid.group]
+        weight.copy_((kept["units"] * scale).to(scale.dtype))
 
     def finish(self, weight: Tensor, dtype: torch.dtype) -> None:
         """Give the grid its scales."""

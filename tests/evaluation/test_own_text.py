@@ -186,5 +186,5 @@ def test_only_what_has_a_probability_is_drawn(tokenizer, monkeypatch):
     model.lm_head = Bias(32, 384)
     for u in (0.0, 1 - 2**-24, 0.4, 2 / 3):
         monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **_: torch.full(shape, u))
-        text = own_text.write_text(model, tokenizer, CPU, 100, f"{u}")
+        text = own_text.write_text(model, tokenizer, CPU, own_text.PIECE, f"{u}")
         assert set(text[1:].tolist()) == {kept[min(int(3 * u), 2)]}, u
