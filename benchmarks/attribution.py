@@ -34,8 +34,10 @@ def units_of(names):
     """Return lists of linears that are swapped together, by the name of their kind."""
     ends = {name: name.rpartition(".")[2] for name in names}
     heads = [name for name, end in ends.items() if end in VALUES or end in OUTPUTS and "mlp" not in name]
-    units = {end: [name] for name, end in ends.items() if name not in heads}
-    return units | ({" + ".join(ends[name] for name in heads): heads} if heads else {})
+    units = {}
+    for name, end in ends.items():  # Experts have many of one kind.
+        units.setdefault(" + ".join(ends[head] for head in heads) if name in heads else end, []).append(name)
+    return units
 
 
 def noisy(W, W_hat, generator):
@@ -93,13 +95,12 @@ def attribute(dense, pruned, tokens):
 def rows_of(found, whole):
     """Return the rows of the table, by kind, and two at its end."""
     count = 1 + max(layer for _, layer in found)
-    thirds = [(THIRDS.index(name), name) for name in THIRDS]
 
     def cell(chosen):
         return "{:.1f} ({:.1f})".format(*(1000 * sum(values) for values in zip(*chosen, strict=True))) if chosen else ""
 
     rows = [[kind, *(cell([value for (other, layer), value in found.items()
-                           if other == kind and 3 * layer // count == third]) for third, _ in thirds),
+                           if other == kind and 3 * layer // count == third]) for third in range(3)),
              cell([value for (other, _), value in found.items() if other == kind])]
             for kind in dict.fromkeys(kind for kind, _ in found)]
     return [*rows, ["all, summed", "", "", "", cell(list(found.values()))],

@@ -299,7 +299,8 @@ class _Scales:
 
     def begin(self, weight: Tensor) -> dict[str, Tensor]:
         """Return what will be kept of a weight."""
-        return {"units": self.grid.units(self.grid.codes(weight)).masked_fill_(weight == 0, 0).bfloat16()}  # exact
+        units = self.grid.units(self.grid.codes(weight)).masked_fill_(weight == 0, 0)
+        return {"units": units.bfloat16()}  # They are exact in it.
 
     def gradient(self, weight: Tensor) -> Tensor:
         """Return the gradient of the factors."""

@@ -36,6 +36,12 @@ def test_matrices_are_swapped_alone_and_together_and_put_back():
     assert all(torch.equal(weight, before[name]) for name, weight in dense.state_dict().items())
 
 
+def test_all_experts_of_a_kind_are_swapped_together():
+    names = ["attn.v_proj", "experts.0.up_proj", "experts.1.up_proj", "attn.o_proj", "attn.q_proj"]
+    assert attribution.units_of(names) == {
+        "v_proj + o_proj": [names[0], names[3]], "up_proj": names[1:3], "q_proj": [names[4]]}
+
+
 def test_noise_has_the_norms_of_the_rows_of_what_is_lost():
     W, W_hat = torch.randn(5, 40), torch.randn(5, 40)
     noise = attribution.noisy(W, W_hat, torch.Generator().manual_seed(0)) - W
