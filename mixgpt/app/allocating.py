@@ -97,16 +97,16 @@ def _measure(run: Run, reference: dict[str, torch.Tensor], memory_plan: memory.M
         run.log(f"{measured.verdict()}\n         kept in {path}")
 
     def allocate() -> tuple[list, dict[str, torch.Tensor]]:
-        gradients, n, m = {}, settings.prunen, settings.prunem
+        gradients = {}
         if settings.needs_gradients:
             tokens = run.calibration[list(with_gradients(*run.calibration.shape))]
             run.begin("gradients")
             with run.clock.part("gradients"):
                 gradients = fisher.output_gradients(streamed, list(run.selected), tokens, settings.seed,
                                                     reference.get("vocabulary"))
-        found = settings.allocation.load()(Budget(
-            run.selected, Target(n / m, n, m) if m else Target(settings.sparsity), settings.alpha,
-            measured.sensitivity if measured else None, gradients, streamed, run.calibration))
+        found = run.masks.targets if run.masks else settings.allocation.load()(Budget(
+            run.selected, run.target, settings.alpha, measured.sensitivity if measured else None, gradients, streamed,
+            run.calibration))
         return [[layer, name, *astuple(target)] for (layer, name), target in found.items()], {
             f"{layer}.{name}": torch.cat(pair) for (layer, name), pair in gradients.items()}
 

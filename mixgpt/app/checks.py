@@ -17,6 +17,7 @@ from mixgpt.datautils import resolve_bos
 from mixgpt.evaluation import selfcheck
 from mixgpt.modeling.placing import allocate, place_for
 from mixgpt.pruning import expert_removal, targets
+from mixgpt.pruning.masks import Masks
 
 
 def check(settings: Settings, device: torch.device, clock: runtime.Clock, model: PreTrainedModel | None = None,
@@ -46,6 +47,9 @@ def check(settings: Settings, device: torch.device, clock: runtime.Clock, model:
         raise InputError(f"--seqlen {seqlen}: the model's limit is {limit} tokens")
     settings = replace(settings, bos=resolve_bos(settings.bos, config.model_type, tokenizer), seqlen=seqlen)
     run = Run(settings, device, clock, config, tokenizer, selected, uncalled, widening, model or skeleton)
+    if path := settings.mask_from:
+        with reading(f"--mask-from {path}"):
+            run.masks = Masks(load.open_model(path, load.read_config(path), "auto"), selected, run.target)
     if settings.needs_calibration and not settings.dry_run:
         nbytes, world, distilled = run.hidden_bytes, distributed.world(), settings.extra_counts[1]
         allocate([nbytes], torch.uint8, device, place_for(nbytes, device))  # Only whether there is room counts.

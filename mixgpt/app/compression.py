@@ -67,7 +67,7 @@ def _prune(run: Run, plan: Plan, survey: measures.Survey, kind: str, scheme: Sch
             settings.bos != "each", settings.rotate,
             {key: G for key, (G, _) in plan.gradients.items()} if saliency.weighs_rows else None,
             title=choices.SOLVERS.title(settings.solver), later=None if scheme else settings.scheme,
-            dtype=stored_dtype(run.model))
+            dtype=stored_dtype(run.model), masks=run.masks)
         if kind == "quantized":
             recipe = replace(recipe, solver=solvers.quantize, rotate=False, title="GPTQ")
         tokens = torch.cat([run.calibration, run.further[:settings.extra_counts[0]]])

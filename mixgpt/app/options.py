@@ -54,6 +54,7 @@ class Options(Evaluation, total=False):
     solver: str
     target: str
     rotate: bool
+    mask_from: str | None
     saliency: str
     blocksize: int
     percdamp: float

@@ -17,6 +17,8 @@ from mixgpt.modeling import decoder
 from mixgpt.modeling.linears import Key
 from mixgpt.modeling.running import StreamedModel
 from mixgpt.pruning import distill, needs
+from mixgpt.pruning.masks import Masks
+from mixgpt.pruning.targets import Target
 
 Value = TypeVar("Value")
 LATER: Any = None  # `opening.open_run` sets these fields before anything reads them.
@@ -35,6 +37,7 @@ class Run:
     uncalled: list[str]  # Linears of these names are not called as modules, and stay dense.
     widening: float  # A token between two layers has this many times the bytes of its hidden state.
     model: PreTrainedModel  # It is on meta until the run is opened, unless it is in memory already.
+    masks: Masks | None = None  # That of --mask-from, if given.
     calibration: torch.Tensor = LATER  # (N, T); None if nothing is calibrated
     further: torch.Tensor = LATER  # (n, T): the first ones are for the Hessians alone, the others for distillation.
     tests: dict[str, torch.Tensor] = field(default_factory=dict)  # {test set: tokens (n, T)}
@@ -55,6 +58,12 @@ class Run:
     def method(self) -> str:
         """The name of what has happened, in tables and records."""
         return self.settings.method(distilled=not isinstance(self.record.get("distilled"), str))
+
+    @property
+    def target(self) -> Target:
+        """The target of all matrices together."""
+        n, m = self.settings.prunen, self.settings.prunem
+        return Target(n / m, n, m) if m else Target(self.settings.sparsity)
 
     @property
     def distills(self) -> bool:

@@ -35,25 +35,25 @@ NEEDS = {  # These flags make properties of Settings true; others are flags them
 }
 
 
-def recipe(preset: str | None = None, prunem: int = 0, wbits: int = 16, groupsize: int = -1, sym: bool = False,
-           effort: float = 1.0, **_: object) -> dict[str, Any]:
+def recipe(preset: str | None = None, prunem: int = 0, mask_from: str | None = None, wbits: int = 16,
+           groupsize: int = -1, sym: bool = False, effort: float = 1.0, **_: object) -> dict[str, Any]:
     """Return the options of a preset, for n:m if prunem is not 0, and for grids of wbits bits, a groupsize and sym.
 
-    In n:m all matrices and rows have one sparsity, so best needs no gradients, and has time for more text. Grids need
-    more text in the Hessians, and their scales learn from less. They are codebooks unless they have 8 bits or sym is
-    set, for engines that read even grids only. Columns are quantized in the order of activation unless their groups
-    would have to be stored.
+    In n:m all matrices and rows have one sparsity, and given masks have theirs, so best needs no gradients, and has
+    time for more text. Grids need more text in the Hessians, and their scales learn from less. They are codebooks
+    unless they have 8 bits or sym is set, for engines that read even grids only. Columns are quantized in the order of
+    activation unless their groups would have to be stored.
     effort: of best, as a multiple of its further text; the Hessians get its root where they start with more.
     """
     options: dict[str, Any] = dict(PRESETS.get(preset, {}))
-    if preset == "best" and prunem:
-        options |= {"sparsity_way": "uniform", "saliency": "obs", "extra": 1.0}
+    if preset == "best" and (prunem or mask_from):
+        options |= {"sparsity_way": "uniform", "saliency": "obs", "extra": 1.0, "rotate": not mask_from}
     if preset == "best" and wbits < 16:
         options |= {"mse": True, "extra": 1.0} | ({"act_order": True} if groupsize == -1 else {})
         options |= {"distill": 0.375} if effort <= 1 else {}
         options |= {"grid": "codebook"} if wbits <= 4 and not sym else {}
     if preset == "best":
-        options["extra"] *= effort ** (0.5 if prunem or wbits < 16 else 1)
+        options["extra"] *= effort ** (0.5 if prunem or mask_from or wbits < 16 else 1)
         options["distill"] *= effort
     return options
 
@@ -125,6 +125,8 @@ class Settings:
         choices=("layer", "dense"), needs=("calibrates",))
     rotate: bool = option(False, METHOD, "first rotate the heads of attention so that pruning keeps more of them; the "
         "dense model computes the same", needs=("calibrates", "prunes"))
+    mask_from: str | None = option(None, RESULT, "model with the zeros to take, a folder or hub id; the weights kept "
+        "are fitted by --solver admm", needs=("calibrates", "prunes"))
     saliency: str = option("obs", METHOD, "score by which weights are ranked", choices=SALIENCIES)
     blocksize: int = option(128, RESULT, "columns whose weights to prune are chosen at once", between=(1,))
     percdamp: float = option(0.01, RESULT, "damping of the Hessian, a fraction of its mean diagonal", between=(0, 1))
@@ -253,6 +255,10 @@ class Settings:
         if solver.saliencies is not None and self.saliency not in solver.saliencies:
             raise InputError(f"--saliency {self.saliency}: --solver {self.solver} does not support it; must be "
                              f"{' or '.join(solver.saliencies)}")
+        changes = {"--solver obs": self.solver == "obs", "--rotate": self.rotate, "--experts": self.experts > 0,
+                   f"--sparsity-way {self.sparsity_way}": not self.allocation.even}
+        if self.mask_from and (flag := next((flag for flag, holds in changes.items() if holds), None)):
+            raise InputError(f"{flag}: not with --mask-from, which takes the zeros as they are and needs --solver admm")
         if self.quantizes and not solver.quantizes:
             raise InputError(f"--wbits {self.wbits}: --solver {self.solver} does not quantize; must be "
                              f"{' or '.join(name for name, other in SOLVERS.items() if other.quantizes)}")
@@ -327,6 +333,7 @@ class Settings:
         by = f" by {ESTIMATORS.title(self.sensitivity)}" if self.allocation.ranks else ""
         choices = {ALLOCATIONS.title(self.sparsity_way) + by: not self.allocation.even,
                    SALIENCIES.title(self.saliency): self.prunes and self.saliency != "obs" and not (self.gmp or mixgpt),
+                   "given masks": self.mask_from is not None,
                    "dense target": self.target == "dense", "rotated heads": self.rotate, "more text": self.extra > 0,
                    "distilled" if distilled else "not distilled": self.distill > 0,
                    f"effort {self.effort:g}": self.effort != 1}
@@ -337,6 +344,7 @@ class Settings:
     def check_paths(self) -> None:
         """Raise InputError if a given file or folder does not exist, or a file to be written may not be written."""
         check_model("model", self.model)
+        check_model("--mask-from", self.mask_from or "")
         texts = () if self.dataset in (IN_MEMORY, None) else shares_of(self.dataset)
         if self.data_dir:
             hub_copies(self.data_dir, train=texts if self.needs_calibration else (), test=self.eval)
@@ -345,7 +353,7 @@ class Settings:
             paths["--sensitivity-file"] = self.sensitivity_file
         paths = {flag: path for flag, path in paths.items() if path}
         check_outputs(paths, self.overwrite or self.resume)
-        reads = (self.model, *texts, *self.eval, self.data_dir, self.sensitivity_file, self.tasks_dir)
+        reads = (self.model, self.mask_from, *texts, *self.eval, self.data_dir, self.sensitivity_file, self.tasks_dir)
         for path in (*paths.values(), *filter(os.path.exists, filter(None, reads))):
             # With --overwrite the run would remove what it reads.
             if self.save and Path(os.path.realpath(path)).is_relative_to(os.path.realpath(self.save)):

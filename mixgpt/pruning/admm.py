@@ -18,7 +18,8 @@ from mixgpt.pruning.targets import Target
 
 ITERATIONS = 9  # ADMM takes so many iterations.
 RAMP = 7  # The sparsity rises to its target over so many of them.
-STEPS = 3  # Conjugate gradients take so many steps.
+STEPS = 3  # Conjugate gradients take so many steps from where ADMM ends,
+FROM_OPTIMUM = 12  # and from the optimum, for given masks.
 FAINT = 1e-12  # Columns without input are scaled by it.
 SAMPLE = 2**16  # The k-th smallest of a matrix's scores is estimated from at least so many.
 
@@ -82,7 +83,7 @@ def admm_scores(W: Tensor, H: Tensor, counts: list[int], targets: Sequence[Targe
     return scores, S
 
 
-def solve_on_support(W: Tensor, optimum: Tensor, H: Tensor, keep: Tensor, steps: int = STEPS) -> Tensor:
+def solve_on_support(W: Tensor, optimum: Tensor, H: Tensor, keep: Tensor, steps: int) -> Tensor:
     """Minimize (w − w*) H (w − w*)ᵀ over the kept weights of each row, by conjugate gradients started at W.
 
     All are (out, in). As H has a unit diagonal, this is Jacobi-preconditioned: ALPS (arXiv 2406.07831), section 3.3.
@@ -106,23 +107,27 @@ def _quotient(a: Tensor, b: Tensor) -> Tensor:
 
 
 def admm_pruner(matrices: list[Tensor], H: Tensor, targets: Sequence[Target], row_weights: Tensor | None = None,
-                dead: Tensor | None = None, totals: Sequence[int] | None = None
-                ) -> Callable[[Sequence[Target]], Sequence[Tensor]]:
+                dead: Tensor | None = None, totals: Sequence[int] | None = None,
+                masks: Sequence[Tensor] | None = None) -> Callable[[Sequence[Target]], Sequence[Tensor]]:
     """Rank the weights of matrices that read the same input by ADMM; return a function that prunes to given targets.
 
     matrices: their optima (out, in); zeros stay zero. H: (in, in), damped; overwritten. row_weights: (total rows,).
     dead: (in,), marks columns without input, whose weights go first. totals: rows of each matrix in all processes.
+    masks: (out, in) of each matrix, mark the weights to prune if they are given; ADMM is then left out.
     """
     scale = H.diagonal().sqrt()
     H = H.div_(scale).div_(scale[:, None])
     scale = scale if dead is None else scale * torch.where(dead, FAINT, 1.0)
     W = torch.cat(matrices) * scale
     counts = [len(matrix) for matrix in matrices]
-    scores, reached = admm_scores(W, H, counts, targets, row_weights, totals)
+    if masks:
+        scores, reached, steps = 1.0 - 2.0 * torch.cat(list(masks)), W, FROM_OPTIMUM
+    else:
+        (scores, reached), steps = admm_scores(W, H, counts, targets, row_weights, totals), STEPS
 
     def prune(targets: Sequence[Target]) -> Sequence[Tensor]:
         pruned = torch.cat(prune_masks(scores.split(counts), targets, totals or counts))
-        return (solve_on_support(reached, W, H, ~pruned) / scale).masked_fill_(pruned, 0).split(counts)
+        return (solve_on_support(reached, W, H, ~pruned, steps) / scale).masked_fill_(pruned, 0).split(counts)
 
     return prune
 

@@ -33,14 +33,15 @@ def prune_layerwise(streamed: StreamedModel, plan: dict[Key, Target], tokens: Te
     calibration, outcomes, clock = Calibration(streamed, plan, tokens, recipe), {}, streamed.clock
     layers = streamed.layers[:max(index for index, _ in plan) + 1]
     for index, layer, new, bar in layers_in_turn(streamed, layers, recipe.title, outcomes, files, observe, calibration):
-        modules = linears(layer)
+        modules, masks = linears(layer), recipe.masks.of_layer(index, streamed.device) if recipe.masks else {}
         for names, hessian in calibration.inputs(index, layer, bar):
             keys = [(index, name) for name in names]
             weights = recipe.row_weights
             row_weights = torch.cat([weights[key] for key in keys]).to(hessian.device) if weights else None
             with clock.part(recipe.solver.__name__):
                 pruned = prune_in_place(hessian, [modules[name].weight for name in names],
-                                        [plan[key] for key in keys], recipe, row_weights)
+                                        [plan[key] for key in keys], recipe, row_weights,
+                                        [masks[name] for name in names] if masks else None)
             new |= {key: Outcome(error, hessian.percdamp, grid)
                     for key, (error, grid) in zip(keys, pruned, strict=True)}
             del hessian, pruned  # The next Hessian fills up now.

@@ -11,6 +11,7 @@ from mixgpt.common import distributed
 from mixgpt.modeling.linears import Key
 from mixgpt.pruning.admm import admm_pruner, prune_masks
 from mixgpt.pruning.hessian import InputHessian
+from mixgpt.pruning.masks import Masks
 from mixgpt.pruning.targets import Target
 from mixgpt.quant import Grid, Scheme, meet_sparsities, quantize_nearest
 from mixgpt.sparsegpt import Walk, obs_saliency
@@ -33,6 +34,7 @@ class Problem:
     recipe: "Recipe"
     dtype: torch.dtype  # The dtype of the final weights.
     row_weights: Tensor | None = None  # (total rows,), the weight of each row's error.
+    masks: list[Tensor] | None = None  # (out, in) of each matrix, mark the weights to prune if they are given.
 
 
 def walk(problem: Problem) -> Result:
@@ -64,7 +66,7 @@ def admm(problem: Problem) -> Result:
     later, sparsities = problem.recipe.later, [target.sparsity for target in problem.targets]
     hessian = problem.hessian
     prune = admm_pruner(problem.optima, hessian.damped, problem.targets, problem.row_weights, hessian.h == 0,
-                        problem.totals)
+                        problem.totals, problem.masks)
 
     def attempt(sparsities: Sequence[float]) -> list[tuple]:
         pruned = prune([replace(target, sparsity=sparsity)
@@ -73,7 +75,7 @@ def admm(problem: Problem) -> Result:
             return quantize(replace(problem, optima=pruned))
         return [(quantize_nearest(W, later)[0] if later else W, W) for W in pruned]  # This guesses what will be 0.
 
-    exact = problem.targets[0].prunem or not (problem.recipe.scheme or later)
+    exact = problem.targets[0].prunem or problem.masks or not (problem.recipe.scheme or later)
     results = attempt(sparsities) if exact else meet_sparsities(attempt, sparsities, margin_sigmas=MARGIN_SIGMAS)
     return results if problem.recipe.scheme else [(W, None) for _, W in results]
 
@@ -101,14 +103,17 @@ class Recipe:
     title: str = "SparseGPT"  # Title of the progress bar.
     later: Scheme | None = None  # Quantization by `quantize`, once the weights are distilled.
     dtype: torch.dtype | None = None  # The dtype to which weights are rounded; default: theirs in memory.
+    masks: Masks | None = None  # The weights to prune if they are given.
 
 
 def prune_in_place(hessian: InputHessian, weights: list[Tensor], targets: list[Target], recipe: Recipe,
-                   row_weights: Tensor | None = None) -> list[tuple[Tensor, Grid | None]]:
+                   row_weights: Tensor | None = None, masks: list[Tensor] | None = None
+                   ) -> list[tuple[Tensor, Grid | None]]:
     """Prune and quantize `weights`, matrices (out, in) of one dtype that read one input, in place.
 
-    hessian: factored. row_weights: (total rows,). Returns the relative error of each matrix, a float64 tensor on its
-    device, and its grid. Every process prunes its share of the rows of each matrix, and gets those of the others.
+    hessian: factored. row_weights: (total rows,). masks: (out, in), mark the weights to prune if they are given.
+    Returns the relative error of each matrix, a float64 tensor on its device, and its grid. Every process prunes its
+    share of the rows of each matrix, and gets those of the others.
     """
     dtype, sizes = recipe.dtype or weights[0].dtype, [len(weight) for weight in weights]
     shares = [weight[distributed.share(len(weight))] for weight in weights]
@@ -119,7 +124,8 @@ def prune_in_place(hessian: InputHessian, weights: list[Tensor], targets: list[T
         row_weights.clamp_(min=torch.finfo(row_weights.dtype).tiny ** 0.5)
     whole = torch.linalg.vecdot(W @ hessian.H, W)  # ‖w X‖² of every row w
     optima = list(hessian.optimum(W).split(counts))
-    pruned = recipe.solver(Problem(hessian, optima, targets, sizes, recipe, dtype, row_weights))
+    masks = masks and [mask[distributed.share(len(mask))][:, hessian.order] for mask in masks]
+    pruned = recipe.solver(Problem(hessian, optima, targets, sizes, recipe, dtype, row_weights, masks))
     W_hat = torch.cat([matrix for matrix, _ in pruned])[:, hessian.inverse_order].to(dtype)
     W.sub_(W_hat)
     lost = torch.linalg.vecdot(W @ hessian.H, W)
