@@ -3,9 +3,9 @@
 python benchmarks/attribution.py MODEL PRUNED wikitext2 --nsamples 4 --seqlen 128
 
 Each row of the table is a kind of matrix, each column a third of the layers: the sum of the KL from the dense model
-that each matrix of these gives alone, in thousandths of a nat per token. Matrices to and from values are swapped
-together, as their heads may be rotated. In brackets: the same with noise of equal norm in each row. Below stand the sum
-over all and the KL of the pruned model itself.
+that each matrix of these gives alone, in thousandths of a nat per token. In brackets: the same with noise of equal norm
+in each row. Matrices to and from values are swapped together and without noise, as their heads may be rotated. Below
+stand the sum over all and the KL of the pruned model itself.
 """
 
 import sys
@@ -79,15 +79,16 @@ class Swaps:
 
 
 def attribute(dense, pruned, tokens):
-    """Return {(kind, layer): (KL of the pruned matrices alone, of noise)}, and the KL of all together."""
+    """Return {(kind, layer): [KL of the pruned matrices alone, of noise if any]}, and the KL of all together."""
     swaps, generator, found = Swaps(dense, tokens), seeded(0, "noise"), {}
     pairs = [(index, *map(linears, layers)) for index, layers in enumerate(
         zip(layers_of(dense), layers_of(pruned), strict=True))]
     for index, before, after in tqdm(pairs, desc="layers", disable=None):
         for kind, names in units_of(before).items():
             weights = {(index, name): after[name].weight.detach() for name in names}
-            noise = {key: noisy(before[key[1]].weight.detach(), W, generator) for key, W in weights.items()}
-            found[kind, index] = swaps.divergence(weights, index), swaps.divergence(noise, index)
+            noise = {key: noisy(before[key[1]].weight.detach(), W, generator) for key, W in weights.items()
+                     if " + " not in kind}
+            found[kind, index] = [swaps.divergence(changed, index) for changed in (weights, noise) if changed]
     everything = {(index, name): module.weight.detach() for index, _, after in pairs for name, module in after.items()}
     return found, swaps.divergence(everything, 0)
 
@@ -97,13 +98,14 @@ def rows_of(found, whole):
     count = 1 + max(layer for _, layer in found)
 
     def cell(chosen):
-        return "{:.1f} ({:.1f})".format(*(1000 * sum(values) for values in zip(*chosen, strict=True))) if chosen else ""
+        alone, *noise = (1000 * sum(values) for values in zip(*chosen, strict=True)) if chosen else ("",)
+        return alone and f"{alone:.1f}" + "".join(f" ({value:.1f})" for value in noise)
 
     rows = [[kind, *(cell([value for (other, layer), value in found.items()
                            if other == kind and 3 * layer // count == third]) for third in range(3)),
              cell([value for (other, _), value in found.items() if other == kind])]
             for kind in dict.fromkeys(kind for kind, _ in found)]
-    return [*rows, ["all, summed", "", "", "", cell(list(found.values()))],
+    return [*rows, ["all, summed", "", "", "", cell([values[:1] for values in found.values()])],
             ["all together", "", "", "", f"{1000 * whole:.1f}"]]
 
 

@@ -26,8 +26,8 @@ def test_matrices_are_swapped_alone_and_together_and_put_back():
         parameter.weight.mul_(torch.rand(parameter.weight.shape) < 0.5)
     found, whole = attribution.attribute(dense, pruned, tokens)
     assert whole == pytest.approx(divergence(dense, pruned, tokens), rel=1e-3)
-    assert {layer for (_, layer), (KL, noise) in found.items() if KL > 1e-9 and noise > 1e-9} == {1}
-    assert "v_proj + o_proj" in {kind for kind, _ in found}
+    assert {layer for (_, layer), values in found.items() if min(values) > 1e-9} == {1}
+    assert {kind for (kind, _), values in found.items() if len(values) == 1} == {"v_proj + o_proj"}
     for kind, names in attribution.units_of(linears(layers_of(dense)[1])).items():
         other = copy.deepcopy(dense)
         for name in names:
@@ -52,7 +52,7 @@ def test_rows_sum_kinds_over_thirds_of_the_layers():
     found = {(kind, layer): (0.001 * (layer + 1), 0.1) for kind in ("q_proj", "up_proj") for layer in range(6)}
     assert attribution.rows_of(found, 0.5) == [
         *([kind, "3.0 (200.0)", "7.0 (200.0)", "11.0 (200.0)", "21.0 (600.0)"] for kind in ("q_proj", "up_proj")),
-        ["all, summed", "", "", "", "42.0 (1200.0)"], ["all together", "", "", "", "500.0"]]
+        ["all, summed", "", "", "", "42.0"], ["all together", "", "", "", "500.0"]]
 
 
 def test_a_saved_model_is_compared_with_the_dense_one(checkpoint_folder, prune, tmp_path, capsys):
