@@ -46,8 +46,9 @@ def cell_of(words, method, target, seed, flags):
 def measure(command):
     """Run a command line. Returns its perplexities or accuracies in percent, sparsity, commit, and costs of pruning.
 
-    Accuracies have normalised likelihoods if they can; tasks without have NaN. Sensitivities are apart: later runs
-    read them from the cache.
+    With --dense among its flags the distance to the dense model is there, too, {text: {"KL": in nats, …}}. Accuracies
+    have normalised likelihoods if they can; tasks without have NaN. Sensitivities are apart: later runs read them from
+    the cache.
     """
     _, *words = shlex.split(command)
     gc.collect()
@@ -61,9 +62,10 @@ def measure(command):
         figures = {task: 100 * of.get("acc_norm", of.get("acc", math.nan)) for task, of in scores.items()}
         figures["average"] = mean(figures.values())
     seconds = {part: value for part, value in record["seconds"].items() if part not in NOT_PRUNING}
-    return {"figures": figures, "sparsity": record["sparsity"], "sensitivity_seconds": seconds.pop("sensitivity", 0.0),
-            "seconds": sum(seconds.values()), "peak_bytes": max(record["peak_memory"].values()),
-            "commit": record["program"]["commit"]}
+    *_, distance = record.get("distance", {"": {}}).values()
+    return {"figures": figures, "distance": distance, "sparsity": record["sparsity"],
+            "sensitivity_seconds": seconds.pop("sensitivity", 0.0), "seconds": sum(seconds.values()),
+            "peak_bytes": max(record["peak_memory"].values()), "commit": record["program"]["commit"]}
 
 
 class Scores:

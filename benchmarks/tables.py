@@ -1,6 +1,6 @@
 """Write the cells that `accuracy.py` and `paper.py` have measured into the tables of the pages, and draw them.
 
-python benchmarks/tables.py docs/accuracy/*.json  # paper.json, families.json, and one for each model
+python benchmarks/tables.py docs/accuracy/*.json  # paper, families and distance, and one for each other model
 
 A table NAME stands in README.md or docs/results.md between the lines <!-- NAME --> and <!-- end of NAME -->.
 """
@@ -145,10 +145,29 @@ def by_model(cells, methods, write):
         for model, of in frame.groupby("model", sort=False)])
 
 
+def distances(cells):
+    """Write how far SparseGPT's and best's models are from the dense one, and what share of that best closes."""
+    texts, found, rows = list(cells[0]["figures"]), {}, []
+    for cell in cells:
+        found.setdefault((cell["model"], cell["target"]), {}).setdefault(cell["method"], []).append(cell)
+    for (model, target), of in found.items():
+        if REFERENCE in of and "best" in of:
+            dense, pairs = found[model, "0%"]["dense"][0]["figures"][texts[0]], [of[REFERENCE], of["best"]]
+            KL = [[np.mean([cell["distance"][text]["KL"] for cell in each]) for each in pairs] for text in texts]
+            ppl = [np.exp(np.mean([np.log(cell["figures"][texts[0]]) for cell in each])) for each in pairs]
+            shares = [1 - ours / theirs for theirs, ours in KL]
+            saved = 1 - np.log(ppl[1] / dense) / np.log(ppl[0] / dense)
+            rows.append([f"{Path(model).name.removesuffix('.gguf')}, {target.replace('+4bit', ' + 4 bit')}", *(
+                f"{theirs:.3f} → {ours:.3f}, {share:.0%}" for (theirs, ours), share in zip(KL, shares, strict=True)),
+                f"{np.mean(shares):.0%}", f"{ppl[0]:.1f} → {ppl[1]:.1f}, {saved:.0%}"])
+    return table_of_markdown(["", *(f"KL, {text}" for text in texts), "mean", f"perplexity, {texts[0]}"], rows)
+
+
 def main(argv=None):
     files = sorted(map(Path, sys.argv[1:] if argv is None else argv), reverse=True)  # SmolLM2 before Gemma
     cells = {file.stem: json.loads(file.read_text())["cells"] for file in files}
     blocks = {name: by_model(cells.pop(name), *of) for name, of in BY_MODEL.items() if name in cells}
+    blocks |= {name: distances(cells.pop(name)) for name in ("distance",) if name in cells}
     models = [Measured(name, of_model) for name, of_model in cells.items()]
     tables = [model.tables() for model in models]
     blocks |= {name: "\n\n".join(of_model[name] for of_model in tables) for name in tables[0]}

@@ -11,7 +11,7 @@ from conftest import ROOT
 from mixgpt.app import pipeline
 from mixgpt.common.choices import ALLOCATIONS, SOLVERS
 
-NAMES = "accuracy", "others", "spread", "gap", "effort", "paper", "families"
+NAMES = "accuracy", "others", "spread", "gap", "effort", "paper", "families", "distance"
 
 
 @pytest.mark.slow
@@ -20,8 +20,9 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
 
     def benchmark(*targets):
         return accuracy.main([str(checkpoint_folder("llama")), "builtin", "--output", str(output),
-                              "--methods", "magnitude", "wanda", "owl", "best", "--targets", *targets, "--seeds",
-                              "0", "0", "--eval", "builtin", "--nsamples", "4", "--seqlen", "32", "--device", "cpu"])
+                              "--methods", "magnitude", "wanda", "owl", "best", "--targets", *targets, "--dense",
+                              "--seeds", "0", "0", "--eval", "builtin", "--nsamples", "4", "--seqlen", "32",
+                              "--device", "cpu"])
 
     def cells():
         content = json.loads(output.read_text())
@@ -43,11 +44,22 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
     assert after.items() >= before.items()  # seconds included: they were not measured again
     assert len(after) == 1 + 4 + 3  # no OWL at 2:4
     assert all(cell["sparsity"] == pytest.approx(0.5, abs=2e-4) for cell in list(after.values())[1:])
+    assert all(0 < cell["distance"]["builtin"]["KL"] < 30 for cell in list(after.values())[1:])
     assert len({cell["figures"]["builtin"] for cell in after.values()}) == len(after)
     table = (tmp_path / "accuracy.md").read_text()
     assert table in capsys.readouterr().out and "| OWL | " in table and table.count("| best |") == 4
     assert "| best |  |  |" in table and " at - |" in table  # one seed has no spread, and SparseGPT no time
     assert "wanda" not in SOLVERS and "owl" not in ALLOCATIONS
+
+
+def test_distances_stand_beside_what_best_closes_of_them():
+    cells = [{"model": "m/a.gguf", "target": target, "method": method, "figures": {"x": perplexity, "y": 1.0},
+              "distance": {"x": {"KL": KL}, "y": {"KL": 2 * KL}}}
+             for target, method, KL, perplexity in [
+                 ("0%", "dense", 0, 10.0), ("2:4", "sparsegpt", 1.0, 40.0), ("2:4", "sparsegpt", 2.0, 40.0),
+                 ("2:4", "best", 0.6, 20.0), ("50%", "best", 0.1, 11.0)]]
+    assert tables.distances(cells).splitlines()[2:] == [
+        "| a, 2:4 | 1.500 → 0.600, 60% | 3.000 → 1.200, 60% | 60% | 40.0 → 20.0, 50% |"]
 
 
 def test_the_tables_of_the_pages_have_their_places():
