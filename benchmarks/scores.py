@@ -87,9 +87,19 @@ class Scores:
     def missing(self, cells):
         return [cell for cell in cells if cell["command"] not in self.measured]
 
+    def hours(self, cells):
+        """Say how long pruning takes in cells, by those of the same model and method, as far as there are any."""
+        known = {}
+        for cell in self.measured.values():
+            known.setdefault((cell["model"], cell["method"]), []).append(cell["seconds"])
+        times = [mean(of) for cell in cells if (of := known.get((cell["model"], cell["method"])))]
+        unknown = f", and {len(cells) - len(times)} of unknown time" if len(times) < len(cells) else ""
+        return f"{sum(times) / 3600:.1f} h of pruning{unknown}"
+
     def run(self, cells):
         """Measure the cells that the file lacks, one after the other. Returns the table of all of them."""
         missing, table = self.missing(cells), self._save(cells)
+        print(f"{self.path}: lacks {len(missing)} of {len(cells)} cells, {self.hours(missing)}", file=sys.stderr)
         for number, cell in enumerate(missing, 1):
             print(f"\n{number} of {len(missing)}: python {cell['command']}\n", file=sys.stderr, flush=True)
             self.measured[cell["command"]] = cell | measure(cell["command"])

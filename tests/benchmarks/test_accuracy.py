@@ -4,6 +4,7 @@ import json
 
 import accuracy
 import pytest
+import scores
 import tables
 from commands import short_builtin  # noqa: F401, a fixture
 from conftest import ROOT
@@ -50,6 +51,15 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
     assert table in capsys.readouterr().out and "| OWL | " in table and table.count("| best |") == 4
     assert "| best |  |  |" in table and " at - |" in table  # one seed has no spread, and SparseGPT no time
     assert "wanda" not in SOLVERS and "owl" not in ALLOCATIONS
+
+
+def test_what_is_missing_is_told_with_the_time_of_cells_alike(tmp_path):
+    cells = [{"command": str(n), "model": "m", "method": method, "seconds": seconds}
+             for n, (method, seconds) in enumerate([("best", 3600), ("best", 7200), ("best", 0), ("wanda", 0)])]
+    (tmp_path / "a.json").write_text(json.dumps({"cells": cells[:2]}))
+    found = scores.Scores(tmp_path / "a.json", lambda _: "")
+    assert found.hours(found.missing(cells)) == "1.5 h of pruning, and 1 of unknown time"
+    assert found.hours(found.missing(cells[:3])) == "1.5 h of pruning"
 
 
 def test_distances_stand_beside_what_best_closes_of_them():
