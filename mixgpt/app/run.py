@@ -47,7 +47,7 @@ class Run:
     record: dict[str, Any] = field(default_factory=dict)  # mixgpt.json will hold it; each step adds its part.
     tracker: tracking.Tracker = LATER
     memory_plan: memory.MemoryPlan = LATER  # Pruning follows it.
-    ways: list[needs.Way] = field(default_factory=list)  # to distil the pruned model, as far as there is room
+    ways: list[needs.Way] = LATER  # to distil the pruned model, as far as there is room
 
     @property
     def seqlen(self) -> int:
@@ -80,16 +80,17 @@ class Run:
         """The stages of the run, in their order."""
         settings = self.settings
         evaluates, compresses = bool(settings.eval or settings.tasks), settings.compresses
+        distills = settings.distill > 0 if self.ways is LATER else self.distills  # Own text is written before.
         return [stage for stage, planned in {
             "own text": self.own_tokens > 0,
             "dense model": settings.dense and settings.method() != "dense" and evaluates,
-            "reference": self.distills,
+            "reference": distills,
             "experts": settings.experts > 0,
             "sensitivity": compresses and settings.allocation.ranks,
             "gradients": compresses and settings.needs_gradients,
             "pruning" if settings.prunes else "rounding": compresses,
-            "distillation": self.distills,
-            "quantization": self.distills and settings.quantizes_last,
+            "distillation": distills,
+            "quantization": distills and settings.quantizes_last,
             "saving": settings.save is not None,
             "evaluation": evaluates}.items() if planned]
 

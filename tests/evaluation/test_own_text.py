@@ -1,6 +1,7 @@
 """Check the text that a model writes itself against its own forward, without a cache of keys and values."""
 
 import copy
+import re
 from functools import partial
 
 import pytest
@@ -128,8 +129,11 @@ def test_a_run_calibrates_and_evaluates_on_text_of_the_dense_model(prune, checkp
         distils()
 
     monkeypatch.setattr(opening.distributed, "prepared", look)
-    prune("llama", f"--sparsity .5 --extra 1 --distill .5 --eval self --dense --seed 3 --save {tmp_path / 'out'}",
-          data="builtin:0.5,self:0.5")
+    out = prune("llama", f"--sparsity .5 --extra 1 --distill .5 --eval self --dense --seed 3 --save {tmp_path / 'out'}",
+                data="builtin:0.5,self:0.5")
+    stages = re.findall(r"^stage    (\d+) of (\d+): ", out, re.MULTILINE)
+    assert [int(number) for number, _ in stages] == list(range(1, int(stages[0][1]) + 1))
+    assert len({count for _, count in stages}) == 1
     run, record = seen["run"], record_of(tmp_path / "out")
     model = make("llama").eval()
     own = own_text.write_text(model, tokenizer, CPU, 2 * 32 + 2 * 32, 3).view(4, 32).tolist()
