@@ -163,9 +163,14 @@ def distances(cells):
     return table_of_markdown(["", *(f"KL, {text}" for text in texts), "mean", f"perplexity, {texts[0]}"], rows)
 
 
+def latest(cells):
+    """Return the cells without those that another one of the same model, method, target and seed comes after."""
+    return list({tuple(cell[name] for name in ("model", "method", "target", "seed")): cell for cell in cells}.values())
+
+
 def main(argv=None):
     files = sorted(map(Path, sys.argv[1:] if argv is None else argv), reverse=True)  # SmolLM2 before Gemma
-    cells = {file.stem: json.loads(file.read_text())["cells"] for file in files}
+    cells = {file.stem: latest(json.loads(file.read_text())["cells"]) for file in files}
     blocks = {name: by_model(cells.pop(name), *of) for name, of in BY_MODEL.items() if name in cells}
     blocks |= {name: distances(cells.pop(name)) for name in ("distance",) if name in cells}
     models = [Measured(name, of_model) for name, of_model in cells.items()]

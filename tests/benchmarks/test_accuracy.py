@@ -62,6 +62,12 @@ def test_what_is_missing_is_told_with_the_time_of_cells_alike(tmp_path):
     assert found.hours(found.missing(cells[:3])) == "1.5 h of pruning"
 
 
+def test_what_is_measured_anew_replaces_what_was():
+    cells = [{"model": "m", "method": "best", "target": "50%", "seed": seed, "n": n}
+             for n, seed in enumerate([0, 1, 0])]
+    assert sorted(cell["n"] for cell in tables.latest(cells)) == [1, 2]
+
+
 def test_distances_stand_beside_what_best_closes_of_them():
     cells = [{"model": "m/a.gguf", "target": target, "method": method, "figures": {"x": perplexity, "y": 1.0},
               "distance": {"x": {"KL": KL}, "y": {"KL": 2 * KL}}}
