@@ -174,7 +174,7 @@ def test_the_demo_ends_in_one_table_one_picture_and_the_gain_in_speed_and_memory
     capsys.readouterr()
     assert run(table) == 0
     above, _, header, _, *rows, _, picture = capsys.readouterr().out.splitlines()
-    assert re.split("  +", header) == ["method", "sparsity", "builtin ppl", "seconds", "GB host"]
+    assert re.split("  +", header) == ["method", "sparsity", "builtin ppl", "code ppl", "seconds", "GB host"]
     assert [row.split()[0] for row in rows] == ["dense", "SparseGPT", "MixGPT", "best"]
     assert max(map(len, (above, *rows))) <= 100
     assert picture == "picture  demo/perplexity.png" and Path("demo/perplexity.png").is_file()

@@ -37,9 +37,9 @@ class Run:
     uncalled: list[str]  # Linears of these names are not called as modules, and stay dense.
     widening: float  # A token between two layers has this many times the bytes of its hidden state.
     model: PreTrainedModel  # It is on meta until the run is opened, unless it is in memory already.
-    masks: Masks | None = None  # That of --mask-from, if given.
     calibration: torch.Tensor = LATER  # (N, T); None if nothing is calibrated
     further: torch.Tensor = LATER  # (n, T): the first ones are for the Hessians alone, the others for distillation.
+    masks: Masks | None = None  # That of --mask-from, if given.
     tests: dict[str, torch.Tensor] = field(default_factory=dict)  # {test set: tokens (n, T)}
     sources: dict[str, dict] = field(default_factory=dict)  # They say where the texts come from.
     score_tasks: Callable[[PreTrainedModel, int], dict] | None = None  # It takes a model and the batch size.
