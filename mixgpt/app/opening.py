@@ -143,7 +143,7 @@ def _write(run: Run, argument: str, count: int, seed: int | str) -> torch.Tensor
     model = run.model, run.tokenizer, run.device
     if why := own_text.obstacle(*model):
         raise InputError(f"{argument} {OWN}: cannot be written, as {why}; give another text")
-    with run.clock.part("own text"):
+    with run.clock.part("evaluation" if argument == "--eval" else "own text"):
         return own_text.write_text(*model, count, seed)
 
 

@@ -1,6 +1,7 @@
 """Check the text that a model writes itself against its own forward, without a cache of keys and values."""
 
 import copy
+import json
 import re
 from functools import partial
 
@@ -146,6 +147,13 @@ def test_a_run_calibrates_and_evaluates_on_text_of_the_dense_model(prune, checkp
     assert [part["dataset"] for part in record["data"]["calibration"]["parts"]] == ["builtin", "self"]
     test = own_text.write_text(model, tokenizer, CPU, opening.OWN_TOKENS, "test")
     assert torch.equal(run.tests["self"].flatten(), test[:run.tests["self"].numel()])
+
+
+def test_time_to_write_a_test_text_is_none_of_pruning(prune, tmp_path):
+    for data, expected in (("builtin", False), ("self", True)):
+        record = tmp_path / f"{data}.json"
+        prune("llama", f"--sparsity .5 --eval self --record {record}", data=data)
+        assert ("own text" in json.loads(record.read_text())["seconds"]) == expected
 
 
 @pytest.mark.parametrize("kind", ["on disk", "in memory"])
