@@ -1,8 +1,8 @@
 """Write the cells that `accuracy.py` and `paper.py` have measured into the tables of the pages, and draw them.
 
-python benchmarks/tables.py docs/accuracy/*.json  # paper, families and distance, and one for each other model
+python benchmarks/tables.py docs/accuracy/*.json  # paper, families, distance and serving, and one for each model
 
-A table NAME stands in README.md or docs/results.md between the lines <!-- NAME --> and <!-- end of NAME -->.
+A table NAME stands in one of PAGES between the lines <!-- NAME --> and <!-- end of NAME -->.
 """
 
 import copy
@@ -21,7 +21,7 @@ from scores import spread, table_of_markdown
 
 from mixgpt.app.plots import bytes_of, draw_tradeoff
 
-PAGES = "README.md", "docs/results.md"
+PAGES = "README.md", "docs/results.md", "docs/speed.md"
 PICTURE, EFFORT_PICTURE = "images/tradeoff.png", "images/effort.png"
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "sparsegpt": "SparseGPT",
            "sparsegpt-76": "SparseGPT, 76 sequences", "mixgpt": "MixGPT", "best": "best"}
@@ -163,16 +163,32 @@ def distances(cells):
     return table_of_markdown(["", *(f"KL, {text}" for text in texts), "mean", f"perplexity, {texts[0]}"], rows)
 
 
+def servings(cells):
+    """Write tokens per second of the dense and the packed model, their ratio's median, least and most, and bytes."""
+    rows, targets = {}, list(dict.fromkeys(cell["target"] for cell in cells))
+    for cell in cells:
+        ratios, (before, after) = sorted(cell["ratios"]), cell["rates"]
+        written = f"{before:.1f} → {after:.1f}, {np.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
+        if None not in cell["bytes"]:
+            written += ", {1:.0f} of {0:.0f} MB".format(*(nbytes / 1e6 for nbytes in cell["bytes"]))
+        place = Path(cell["model"]).name.removesuffix(".gguf"), cell["method"], str(cell["sequences"])
+        rows.setdefault(place, {})[cell["target"]] = written
+    return table_of_markdown(["model", "engine", "sequences", *targets], [
+        [*place, *(of.get(target, "") for target in targets)] for place, of in rows.items()])
+
+
 def latest(cells):
-    """Return the cells without those that another one of the same model, method, target and seed comes after."""
-    return list({tuple(cell[name] for name in ("model", "method", "target", "seed")): cell for cell in cells}.values())
+    """Return the cells without those that another one of the same kind comes after."""
+    kind = "model", "method", "target", "seed", "sequences"
+    return list({tuple(map(cell.get, kind)): cell for cell in cells}.values())
 
 
 def main(argv=None):
     files = sorted(map(Path, sys.argv[1:] if argv is None else argv), reverse=True)  # SmolLM2 before Gemma
     cells = {file.stem: latest(json.loads(file.read_text())["cells"]) for file in files}
     blocks = {name: by_model(cells.pop(name), *of) for name, of in BY_MODEL.items() if name in cells}
-    blocks |= {name: distances(cells.pop(name)) for name in ("distance",) if name in cells}
+    blocks |= {name: write(cells.pop(name)) for name, write in (("distance", distances), ("serving", servings))
+               if name in cells}
     models = [Measured(name, of_model) for name, of_model in cells.items()]
     tables = [model.tables() for model in models]
     blocks |= {name: "\n\n".join(of_model[name] for of_model in tables) for name in tables[0]}
