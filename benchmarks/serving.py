@@ -8,6 +8,7 @@ DENSE: a folder, or for transformers anything that `mixgpt generate` takes. PACK
 second, the ratio of each round, and for transformers the bytes of all weights in memory. docs/speed.md has the table.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -18,10 +19,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
-from scores import parser_of
 
 import mixgpt
-from mixgpt.app.cli import reported
+from mixgpt.app.cli import Parser, reported
 from mixgpt.common.errors import reading
 from mixgpt.common.files import write_output
 from mixgpt.common.program import commit
@@ -76,7 +76,7 @@ def rate(generate, sequences, tokens):
 def main(argv=None):
     """Run the command line. Returns the exit status, see `reported`."""
     argv = sys.argv[1:] if argv is None else argv
-    parser = parser_of("serving.py", __doc__)
+    parser = Parser(prog="serving.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("dense")
     parser.add_argument("packed", nargs="+")
     parser.add_argument("--output", required=True, help=".json file, to which cells are added")
