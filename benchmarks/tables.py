@@ -151,13 +151,16 @@ def distances(cells):
     for cell in cells:
         found.setdefault((cell["model"], cell["target"]), {}).setdefault(cell["method"], []).append(cell)
     for (model, target), of in found.items():
-        if REFERENCE in of and "best" in of:
-            dense, pairs = found[model, "0%"]["dense"][0]["figures"][texts[0]], [of[REFERENCE], of["best"]]
+        for method in of if REFERENCE in of else ():
+            if not method.startswith("best"):
+                continue
+            dense, pairs = found[model, "0%"]["dense"][0]["figures"][texts[0]], [of[REFERENCE], of[method]]
             KL = [[np.mean([cell["distance"][text]["KL"] for cell in each]) for each in pairs] for text in texts]
             ppl = [np.exp(np.mean([np.log(cell["figures"][texts[0]]) for cell in each])) for each in pairs]
             shares = [1 - ours / theirs for theirs, ours in KL]
             saved = 1 - np.log(ppl[1] / dense) / np.log(ppl[0] / dense)
-            rows.append([f"{Path(model).name.removesuffix('.gguf')}, {target.replace('+4bit', ' + 4 bit')}", *(
+            title = f"{Path(model).name.removesuffix('.gguf')}, {target.replace('+4bit', ' + 4 bit')}"
+            rows.append([title + TIMED[method].removeprefix("best"), *(
                 f"{theirs:.3f} → {ours:.3f}, {share:.0%}" for (theirs, ours), share in zip(KL, shares, strict=True)),
                 f"{np.mean(shares):.0%}", f"{ppl[0]:.1f} → {ppl[1]:.1f}, {saved:.0%}"])
     return table_of_markdown(["", *(f"KL, {text}" for text in texts), "mean", f"perplexity, {texts[0]}"], rows)
