@@ -207,7 +207,8 @@ def test_a_wide_walk_is_algorithm_1_and_nearly_so_as_the_program_computes_it(tar
         exact = algorithm_1_on_grids(W, H, target, scheme) if scheme else algorithm_1(W, H, target)
         assert torch.equal(found == 0, exact == 0)
         torch.testing.assert_close(found, exact, rtol=0, atol=1e-9)
-        assert ((rough == 0) == (exact == 0)).double().mean() > 0.99
-        lost = relative_error(W, exact, H)
-        assert relative_error(W, rough.double(), H) == pytest.approx(lost, rel=3e-3)
-        assert error == pytest.approx(lost, rel=3e-3)
+        # A code that rounding changes bears on all columns behind it.
+        assert ((rough == 0) == (exact == 0)).double().mean() > (0.95 if scheme else 0.99)
+        lost, near = relative_error(W, exact, H), 1e-2 if scheme else 3e-3
+        assert relative_error(W, rough.double(), H) == pytest.approx(lost, rel=near)
+        assert error == pytest.approx(lost, rel=near)
