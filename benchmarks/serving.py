@@ -5,7 +5,7 @@ python benchmarks/serving.py DENSE PACKED... --output docs/accuracy/serving.json
 
 DENSE: a folder, or for transformers anything that `mixgpt generate` takes. PACKED: folders of --save. vLLM is where
 `make serve-test` has installed it. For each PACKED and number of sequences the file has a cell: medians of tokens per
-second, the ratio of each round, and for transformers the bytes of all weights in memory. docs/speed.md has the table.
+second, the ratio of each round, and for transformers the bytes of all weights in memory. `tables.py` writes them into docs/speed.md.
 """
 
 import argparse
@@ -88,7 +88,8 @@ def main(argv=None):
     with reported("serving.py", argv, "give fewer PACKED at a time") as end:
         options = parser.parse_args(argv)
         targets, output = [target_of(folder) for folder in options.packed], Path(options.output)
-        cells = json.loads(output.read_text())["cells"] if output.exists() else []
+        with reading(f"--output {output}: holds no cells of this benchmark"):
+            cells = json.loads(output.read_text())["cells"] if output.exists() else []
         (dense, dense_bytes), *others = (ENGINES[options.engine](name, options.dtype)
                                           for name in (options.dense, *options.packed))
         for target, (packed, nbytes) in zip(targets, others, strict=True):
@@ -100,7 +101,7 @@ def main(argv=None):
                               "rates": [statistics.median(each) for each in zip(*rounds, strict=True)],
                               "ratios": [after / before for before, after in rounds], "bytes": [dense_bytes, nbytes]})
                 print(target, sequences, cells[-1]["rates"], cells[-1]["ratios"], flush=True)
-        write_output("--output", output, json.dumps({"cells": cells}, indent=1) + "\n")
+                write_output("--output", output, json.dumps({"cells": cells}, indent=1) + "\n")
     return end.status
 
 

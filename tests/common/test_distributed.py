@@ -97,25 +97,25 @@ def test_processes_give_what_one_gives_and_all_the_same(in_processes):
             assert all(torch.equal(result["state"][key], tensor) for key, tensor in together[0][case]["state"].items())
             assert result["perplexity"] == together[0][case]["perplexity"]
             differing = total = 0
-            # With best or codes, rounding may choose one of two values alike, which bears on all layers behind.
-            chooses = "best" in case or case[2] < 16
+            # Rounding may choose another code, or with best another weight, that is as good. It bears on what is behind.
+            loose = 0.1 if "best" in case else 0.01 if case[2] < 16 else 0
             first = {key: tensor for key, tensor in expected["state"].items() if "layers.0." in key}
-            for key, tensor in (first if chooses else expected["state"]).items():
-                if chooses:
+            for key, tensor in (first if "best" in case else expected["state"]).items():
+                if "best" in case:
                     assert (result["state"][key] - tensor).norm() <= 0.1 * tensor.norm()
                 else:
-                    torch.testing.assert_close(result["state"][key], tensor, rtol=1e-3, atol=1e-4)
+                    far = ~torch.isclose(result["state"][key], tensor, rtol=1e-3, atol=1e-4)
+                    assert far.double().mean() <= loose
                 differing += ((result["state"][key] == 0) != (tensor == 0)).sum().item()
                 total += tensor.numel()
-            assert differing <= (0.02 if chooses else 1e-4) * total
+            assert differing <= (loose / 5 or 1e-4) * total
             for traces, wanted in zip(result["traces"], expected["traces"], strict=True):
                 torch.testing.assert_close(traces, wanted, rtol=1e-4, atol=1e-7)
-            loose = 0.1 if chooses else 0
             assert result["perplexity"] == pytest.approx(expected["perplexity"], rel=loose or 1e-4)
             assert result["distance"] == pytest.approx(expected["distance"], rel=loose or 1e-3)
             assert set(result["outcomes"]) == set(expected["outcomes"])
             for key, (error, percdamp, scale) in result["outcomes"].items():
-                assert (error, percdamp) == pytest.approx(expected["outcomes"][key][:2], rel=loose or 1e-3)
+                assert (error, percdamp) == pytest.approx(expected["outcomes"][key][:2], rel=0.1 if loose else 1e-3)
                 assert (scale is None) == (case[2] == 16)
 
 
