@@ -5,7 +5,8 @@ python benchmarks/serving.py DENSE PACKED... --output docs/accuracy/serving.json
 
 DENSE: a folder, or for transformers anything that `mixgpt generate` takes. PACKED: folders of --save. vLLM is where
 `make serve-test` has installed it. For each PACKED and number of sequences the file has a cell: medians of tokens per
-second, the ratio of each round, and for transformers the bytes of all weights in memory. `tables.py` writes them into docs/speed.md.
+second, the ratio of each round, and for transformers the bytes of all weights in memory. `tables.py` writes them into
+docs/speed.md.
 """
 
 import argparse

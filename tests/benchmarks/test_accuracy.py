@@ -12,7 +12,7 @@ from conftest import ROOT
 from mixgpt.app import pipeline
 from mixgpt.common.choices import ALLOCATIONS, SOLVERS
 
-NAMES = "accuracy", "others", "spread", "gap", "effort", "paper", "families", "distance"
+NAMES = "accuracy", "others", "spread", "gap", "effort", "paper", "families", "distance", "serving"
 
 
 @pytest.mark.slow

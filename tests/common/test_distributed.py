@@ -97,7 +97,7 @@ def test_processes_give_what_one_gives_and_all_the_same(in_processes):
             assert all(torch.equal(result["state"][key], tensor) for key, tensor in together[0][case]["state"].items())
             assert result["perplexity"] == together[0][case]["perplexity"]
             differing = total = 0
-            # Rounding may choose another code, or with best another weight, that is as good. It bears on what is behind.
+            # Rounding may choose another code, or with best another weight, which bears on all that is behind it.
             loose = 0.1 if "best" in case else 0.01 if case[2] < 16 else 0
             first = {key: tensor for key, tensor in expected["state"].items() if "layers.0." in key}
             for key, tensor in (first if "best" in case else expected["state"]).items():
