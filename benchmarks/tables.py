@@ -22,10 +22,9 @@ from scores import spread, table_of_markdown
 from mixgpt.app.plots import bytes_of, draw_tradeoff
 
 PAGES = "README.md", "docs/results.md", "docs/speed.md"
-PICTURE, EFFORT_PICTURE = "images/tradeoff.png", "images/effort.png"
+PICTURE, EFFORT_PICTURE, SIZE_PICTURE = "images/tradeoff.png", "images/effort.png", "images/size.png"
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "sparsegpt": "SparseGPT",
            "sparsegpt-76": "SparseGPT, 76 sequences", "mixgpt": "MixGPT", "best": "best"}
-SEEDED = {method: name for method, name in METHODS.items() if method != "magnitude"}  # which reads no text
 REFERENCE, *BETTER = DRAWN = "sparsegpt", "mixgpt", "best"  # whose gap the others close a part of
 COST = "50%"  # the target of which time and memory are given
 TIMED = {method: METHODS[method] for method in ("sparsegpt", "sparsegpt-76", "mixgpt")} | {
@@ -98,7 +97,8 @@ class Measured:
         """Return {name: text}."""
         first, dense = self.of_seed_0(), " / ".join(_number(self.dense[text]) for text in self.texts)
         return {"accuracy": self.table(f"{self.name}: dense {dense}", self.figures, self.cost),
-                "spread": self.table(self.name, lambda *of: self.figures(*of, "std"), methods=SEEDED),
+                "spread": self.table(self.name, lambda *of: self.figures(*of, "std"),
+                                     methods={method: METHODS[method] for method in DRAWN}),
                 "gap": self.table(self.name, lambda *of: " / ".join(
                     "-" if share != share else f"{share:.0%}" for share in self.gaps(*of)),
                     methods={method: TIMED[method] for method in (*BETTER, "best-10")}),
@@ -145,9 +145,13 @@ def by_model(cells, methods, write):
         for model, of in frame.groupby("model", sort=False)])
 
 
-def distances(cells):
-    """Write how far SparseGPT's and best's models are from the dense one, and what share of that best closes."""
-    texts, found, rows = list(cells[0]["figures"]), {}, []
+def compared(cells):
+    """Yield what best saves of SparseGPT's distance to the dense model, for each model, target and effort.
+
+    That is (model, target, method, [[SparseGPT's KL, best's] of each text], [perplexities on the first text], share of
+    each KL that best closes, and of the log-perplexity), means over the seeds.
+    """
+    texts, found = list(cells[0]["figures"]), {}
     for cell in cells:
         found.setdefault((cell["model"], cell["target"]), {}).setdefault(cell["method"], []).append(cell)
     for (model, target), of in found.items():
@@ -157,13 +161,37 @@ def distances(cells):
             dense, pairs = found[model, "0%"]["dense"][0]["figures"][texts[0]], [of[REFERENCE], of[method]]
             KL = [[np.mean([cell["distance"][text]["KL"] for cell in each]) for each in pairs] for text in texts]
             ppl = [np.exp(np.mean([np.log(cell["figures"][texts[0]]) for cell in each])) for each in pairs]
-            shares = [1 - ours / theirs for theirs, ours in KL]
-            saved = 1 - np.log(ppl[1] / dense) / np.log(ppl[0] / dense)
-            title = f"{Path(model).name.removesuffix('.gguf')}, {target.replace('+4bit', ' + 4 bit')}"
-            rows.append([title + TIMED[method].removeprefix("best"), *(
-                f"{theirs:.3f} → {ours:.3f}, {share:.0%}" for (theirs, ours), share in zip(KL, shares, strict=True)),
-                f"{np.mean(shares):.0%}", f"{ppl[0]:.1f} → {ppl[1]:.1f}, {saved:.0%}"])
+            yield (Path(model).name.removesuffix(".gguf"), target.replace("+4bit", " + 4 bit"), method, KL, ppl,
+                   [1 - ours / theirs for theirs, ours in KL], 1 - np.log(ppl[1] / dense) / np.log(ppl[0] / dense))
+
+
+def distances(cells):
+    """Write how far SparseGPT's and best's models are from the dense one, and what share of that best closes."""
+    texts = list(cells[0]["figures"])
+    rows = [[f"{model}, {target}{TIMED[method].removeprefix('best')}", *(
+        f"{theirs:.3f} → {ours:.3f}, {share:.0%}" for (theirs, ours), share in zip(KL, shares, strict=True)),
+        f"{np.mean(shares):.0%}", f"{ppl[0]:.1f} → {ppl[1]:.1f}, {saved:.0%}"]
+        for model, target, method, KL, ppl, shares, saved in compared(cells)]
     return table_of_markdown(["", *(f"KL, {text}" for text in texts), "mean", f"perplexity, {texts[0]}"], rows)
+
+
+def draw_sizes(cells):
+    """Plot the shares that best closes against the model's size, which its name has, such as 0.5B, by target."""
+    figure, rows, ticks = Figure(figsize=(11, 4), layout="constrained"), [], {}
+    for model, target, method, *_, shares, saved in compared(cells):
+        size, unit = re.search(r"([\d.]+)([MB])\b", model).groups()
+        ticks[float(size) * {"M": 1e6, "B": 1e9}[unit]] = model.replace("-Instruct", "").replace("-", "\n", 1)
+        if method == "best":
+            rows.append([list(ticks)[-1], target, np.mean(shares), saved])
+    frame = pd.DataFrame(rows, columns=["parameters", "target", "KL, mean of three texts", "perplexity, WikiText-2"])
+    for axis, share in zip(figure.subplots(1, 2, sharey=True), frame.columns[2:], strict=True):
+        for target, of in frame.groupby("target", sort=False):
+            axis.plot(of["parameters"], 100 * of[share], marker="o", label=target)
+        axis.set(xscale="log", ylabel="% of SparseGPT's gap that best closes", title=share, ylim=(0, 100))
+        axis.set_xticks(list(ticks), list(ticks.values()))
+        axis.set_xticks([], minor=True)
+        axis.legend(loc="lower right", ncols=2)
+    return bytes_of(figure, Path(SIZE_PICTURE).suffix)
 
 
 def servings(cells):
@@ -190,6 +218,8 @@ def main(argv=None):
     files = sorted(map(Path, sys.argv[1:] if argv is None else argv), reverse=True)  # SmolLM2 before Gemma
     cells = {file.stem: latest(json.loads(file.read_text())["cells"]) for file in files}
     blocks = {name: by_model(cells.pop(name), *of) for name, of in BY_MODEL.items() if name in cells}
+    if "distance" in cells:
+        Path(SIZE_PICTURE).write_bytes(draw_sizes(cells["distance"]))
     blocks |= {name: write(cells.pop(name)) for name, write in (("distance", distances), ("serving", servings))
                if name in cells}
     models = [Measured(name, of_model) for name, of_model in cells.items()]
