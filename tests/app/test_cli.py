@@ -115,9 +115,9 @@ def test_ten_frames_lead_from_main_to_the_line_that_zeroes(options, prune, monke
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only GNU's OpenMP shows its spin count")
-@pytest.mark.parametrize("given, spins", [({}, "1000"), ({"GOMP_SPINCOUNT": "7"}, "7"),
-                                          ({"OMP_WAIT_POLICY": "active"}, "30000000000")], ids=str)
-@pytest.mark.parametrize("entry", ["opt", "generate", "mixgpt.__main__"])
+@pytest.mark.parametrize("entry, given, spins", [
+    ("opt", {}, "1000"), ("generate", {}, "1000"), ("mixgpt.__main__", {}, "1000"),
+    ("opt", {"GOMP_SPINCOUNT": "7"}, "7"), ("opt", {"OMP_WAIT_POLICY": "active"}, "30000000000")], ids=str)
 def test_openmp_spins_for_a_short_time_at_barriers_unless_the_user_says_else(entry, given, spins):
     own = {name: value for name, value in os.environ.items() if name not in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     done = subprocess.run([sys.executable, "-c", f"import {entry}, torch"], capture_output=True, text=True, check=True,
