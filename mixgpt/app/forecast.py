@@ -2,6 +2,7 @@
 
 import contextlib
 import io
+import math
 import os
 import re
 import sys
@@ -88,7 +89,10 @@ def memory_needs(run: Run) -> list[Need]:
     for stage in run.stages:
         work, host, states, disk = 0.0, layer + trained + compared, 0.0, 0.0
         if stage in read:
-            work = max(layer + needs.batch_bytes(streamed, T), rest + needs.head_bytes(streamed, T, V, 1))
+            # Compared are the logits of two models, and of the dense one again in a dtype that may be twice as wide.
+            wider = 4 / run.model.dtype.itemsize if compared and stage == "dense model" else 1
+            head = wider * rest + needs.head_bytes(streamed, T, V, math.ceil(wider * (1 + (compared > 0))))
+            work = max(wider * layer + needs.batch_bytes(streamed, T), head)
             host, states = layer + compared + trained * (stage == "reference"), read[stage] // world * run.token_bytes
         elif stage in ("sensitivity", "gradients"):
             count, kinds = (settings.nsamples, 2) if stage == "sensitivity" else (

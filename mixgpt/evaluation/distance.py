@@ -30,16 +30,13 @@ class Distance:
 
     def compare(self, name: str, head: Callable, stream: HiddenStates) -> None:
         """Compare the predictions of tokens 2 to T of each sequence. head: that of both models."""
-        divergences, same = [], []
+        parts = []
         for hidden, reference in zip(stream.hidden, self.states[name], strict=False):
             pairs = zip(*(states[:-1, :stream.channels].to(stream.device, hidden.dtype).split(SLICE)
                           for states in (hidden, reference)), strict=True)
-            for logits, others in (rows for pair in pairs for rows in by_rows(*map(head, pair))):
-                log_q, log_p = (wide(scores).log_softmax(-1) for scores in (logits, others))
-                same.append(log_q.argmax(-1) == log_p.argmax(-1))
-                terms = (log_p - log_q).mul_(log_p.exp())
-                divergences.append(terms.masked_fill_(log_p == -torch.inf, 0).sum(-1))  # 0 · log 0 = 0
-        self.compared[name] = torch.cat(divergences).double().cpu(), torch.cat(same).double().cpu()
+            parts += [_compared(*map(head, pair)) for pair in pairs]
+        divergences, same = (torch.cat(each).double().cpu() for each in zip(*parts, strict=True))
+        self.compared[name] = divergences, same
 
     def result(self) -> dict[str, dict[str, float]]:
         """Return {text: measures}, over all processes.
@@ -55,3 +52,17 @@ class Distance:
             median, most = torch.quantile(KL, torch.tensor([0.5, 0.9], dtype=torch.float64)).tolist()
             found[name] = {"KL": KL.mean().item(), "KL median": median, "KL 90%": most, TOP: same.mean().item()}
         return found
+
+
+def _compared(logits: Tensor, others: Tensor) -> tuple[Tensor, Tensor]:
+    """Return KL(p ‖ q) of the predictions p of `others` and q of logits (n, V), and whether most probable is the same.
+
+    With it the logits of one slice are let go of before those of the next are computed.
+    """
+    divergences, same = [], []
+    for pair in by_rows(logits, others):
+        log_q, log_p = (wide(scores).log_softmax(-1) for scores in pair)
+        same.append(log_q.argmax(-1) == log_p.argmax(-1))
+        p = log_p.exp()
+        divergences.append(log_p.sub_(log_q).mul_(p).masked_fill_(p == 0, 0).sum(-1))  # 0 · log 0 = 0
+    return torch.cat(divergences), torch.cat(same)

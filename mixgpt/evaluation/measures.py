@@ -58,6 +58,7 @@ def negative_log_likelihood(head: Callable, stream: HiddenStates, tokens: Tensor
         for h, label in zip(hidden.split(SLICE), labels.split(SLICE), strict=True):
             for scores, t in by_rows(head(h), label):
                 total += nn.functional.cross_entropy(scores.float(), t, reduction="sum")
+            del scores  # It holds the logits of this slice, and the next one's need the room.
     return total.item()
 
 

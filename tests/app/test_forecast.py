@@ -1,10 +1,11 @@
 """Check what a run is said to take against what it takes."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, assert_same_weights, read_little
+from conftest import CPU, _llama, assert_same_weights, read_little
 from makebelieve import Gpu
 
 import mixgpt
@@ -28,7 +29,7 @@ def forecast_of(checkpoint_folder, monkeypatch, tmp_path):
     monkeypatch.setitem(forecast.TEST_TOKENS, "builtin", 4 * 64)
 
     def checked(name, dataset="builtin", **options):
-        settings = Settings(str(checkpoint_folder(name)), dataset, **{
+        settings = Settings(str(name if isinstance(name, Path) else checkpoint_folder(name)), dataset, **{
             "sparsity": 0.5, "nsamples": 64, "seqlen": 64, "eval": ["builtin"], "device": "cpu"} | options)
         return check(settings, torch.device(settings.device), runtime.Clock(CPU)), settings
 
@@ -49,6 +50,19 @@ def test_what_a_gpu_is_said_to_hold_at_most_is_what_it_holds(name, preset, forec
     assert 0.8 * peak < most < 1.25 * peak
     assert [stage for stage, _ in begun] == [need.stage for need in needs]
     assert max(used for _, used in begun) < 0.02 * peak  # a stage leaves nothing large behind
+
+
+def test_a_large_vocabulary_takes_what_it_is_said_to_where_the_dense_model_is_compared(
+        forecast_of, monkeypatch, tokenizer, tmp_path):
+    monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
+    _llama("Llama", vocab_size=16_384).bfloat16().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    with Gpu():
+        run, settings = forecast_of(tmp_path / "model", nsamples=4, device="cuda:0", dense=True)
+        most = {need.stage: need.device for need in forecast.memory_needs(run)}
+        peak = pipeline.execute(settings)["peak_memory"]["device"]
+    assert most["dense model"] == max(most.values())
+    assert 0.8 * peak < most["dense model"] < 1.25 * peak
 
 
 def test_the_models_own_text_takes_what_it_is_said_to_and_is_one_of_the_stages(forecast_of, monkeypatch):
