@@ -149,7 +149,7 @@ def compared(cells):
     """Yield what best saves of SparseGPT's distance to the dense model, for each model, target and effort.
 
     That is (model, target, method, [[SparseGPT's KL, best's] of each text], [perplexities on the first text], share of
-    each KL that best closes, and of the log-perplexity), means over the seeds.
+    each KL that best closes, and of the log-perplexity), means over the seeds that best has.
     """
     texts, found = list(cells[0]["figures"]), {}
     for cell in cells:
@@ -158,7 +158,8 @@ def compared(cells):
         for method in of if REFERENCE in of else ():
             if not method.startswith("best"):
                 continue
-            dense, pairs = found[model, "0%"]["dense"][0]["figures"][texts[0]], [of[REFERENCE], of[method]]
+            dense, seeds = found[model, "0%"]["dense"][0]["figures"][texts[0]], [cell["seed"] for cell in of[method]]
+            pairs = [cell for cell in of[REFERENCE] if cell["seed"] in seeds], of[method]
             KL = [[np.mean([cell["distance"][text]["KL"] for cell in each]) for each in pairs] for text in texts]
             ppl = [np.exp(np.mean([np.log(cell["figures"][texts[0]]) for cell in each])) for each in pairs]
             yield (Path(model).name.removesuffix(".gguf"), target.replace("+4bit", " + 4 bit"), method, KL, ppl,

@@ -69,14 +69,15 @@ def test_what_is_measured_anew_replaces_what_was():
 
 
 def test_distances_stand_beside_what_best_closes_of_them():
-    cells = [{"model": "m/a-1.5B.gguf", "target": target, "method": method, "figures": {"x": perplexity, "y": 1.0},
-              "distance": {"x": {"KL": KL}, "y": {"KL": 2 * KL}}}
-             for target, method, KL, perplexity in [
-                 ("0%", "dense", 0, 10.0), ("2:4", "sparsegpt", 1.0, 40.0), ("2:4", "sparsegpt", 2.0, 40.0),
-                 ("2:4", "best", 0.6, 20.0), ("2:4", "best-10", 0.3, 20.0), ("50%", "best", 0.1, 11.0)]]
+    cells = [{"model": "m/a-1.5B.gguf", "target": target, "method": method, "seed": seed,
+              "figures": {"x": perplexity, "y": 1.0}, "distance": {"x": {"KL": KL}, "y": {"KL": 2 * KL}}}
+             for target, method, seed, KL, perplexity in [
+                 ("0%", "dense", 0, 0, 10.0), ("2:4", "sparsegpt", 0, 1.0, 40.0), ("2:4", "sparsegpt", 1, 2.0, 40.0),
+                 ("2:4", "best", 0, 0.5, 20.0), ("2:4", "best", 1, 0.7, 20.0), ("2:4", "best-10", 0, 0.3, 20.0),
+                 ("50%", "best", 0, 0.1, 11.0)]]
     assert tables.distances(cells).splitlines()[2:] == [
         "| a-1.5B, 2:4 | 1.500 → 0.600, 60% | 3.000 → 1.200, 60% | 60% | 40.0 → 20.0, 50% |",
-        "| a-1.5B, 2:4, effort 10 | 1.500 → 0.300, 80% | 3.000 → 0.600, 80% | 80% | 40.0 → 20.0, 50% |"]
+        "| a-1.5B, 2:4, effort 10 | 1.000 → 0.300, 70% | 2.000 → 0.600, 70% | 70% | 40.0 → 20.0, 50% |"]
     assert tables.draw_sizes(cells).startswith(b"\x89PNG")
 
 
