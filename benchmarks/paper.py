@@ -7,7 +7,8 @@ python benchmarks/paper.py table3 meta-llama/Llama-2-7b-hf                    # 
 table1: saliency and allocation; table2: methods; table3: zero-shot tasks; table4: quantization; figure3: perplexity
 against sparsity; ablations: table1 and allocation by layers. By default as in the paper: 128 sequences of 2,048 tokens
 of C4, the whole test sets, sensitivities by Hutchinson. Further arguments are flags of the family scripts for all runs.
-Where the paper is silent, "mixed" and "ours" are taken for weight-level allocation, and table 3's metric for acc_norm.
+Where the paper is silent, "mixed" and "ours" are taken for weight-level allocation, and table 3's metric for acc_norm,
+or acc for tasks without it.
 
 An interrupted table goes on when the command is given again, and tables share their cells. The log of the runs goes to
 stderr, the table in Markdown to stdout and into a file beside --output.

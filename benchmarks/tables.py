@@ -181,12 +181,14 @@ def draw_sizes(cells):
     figure, rows, ticks = Figure(figsize=(11, 4), layout="constrained"), [], {}
     for model, target, method, *_, shares, saved in compared(cells):
         size, unit = re.search(r"([\d.]+)([MB])\b", model).groups()
-        ticks[float(size) * {"M": 1e6, "B": 1e9}[unit]] = model.replace("-Instruct", "").replace("-", "\n", 1)
+        parameters = float(size) * {"M": 1e6, "B": 1e9}[unit]
+        ticks[parameters] = model.replace("-Instruct", "").replace("-", "\n", 1)
         if method == "best":
-            rows.append([list(ticks)[-1], target, np.mean(shares), saved])
+            rows.append([parameters, target, np.mean(shares), saved])
     frame = pd.DataFrame(rows, columns=["parameters", "target", "KL, mean of three texts", "perplexity, WikiText-2"])
     for axis, share in zip(figure.subplots(1, 2, sharey=True), frame.columns[2:], strict=True):
         for target, of in frame.groupby("target", sort=False):
+            of = of.sort_values("parameters")
             axis.plot(of["parameters"], 100 * of[share], marker="o", label=target)
         axis.set(xscale="log", ylabel="% of SparseGPT's gap that best closes", title=share, ylim=(0, 100))
         axis.set_xticks(list(ticks), list(ticks.values()))

@@ -68,7 +68,7 @@ def test_what_is_measured_anew_replaces_what_was():
     assert sorted(cell["n"] for cell in tables.latest(cells)) == [1, 2]
 
 
-def test_distances_stand_beside_what_best_closes_of_them():
+def test_distances_stand_beside_what_best_closes_of_them(monkeypatch):
     cells = [{"model": "m/a-1.5B.gguf", "target": target, "method": method, "seed": seed,
               "figures": {"x": perplexity, "y": 1.0}, "distance": {"x": {"KL": KL}, "y": {"KL": 2 * KL}}}
              for target, method, seed, KL, perplexity in [
@@ -78,7 +78,13 @@ def test_distances_stand_beside_what_best_closes_of_them():
     assert tables.distances(cells).splitlines()[2:] == [
         "| a-1.5B, 2:4 | 1.500 → 0.600, 60% | 3.000 → 1.200, 60% | 60% | 40.0 → 20.0, 50% |",
         "| a-1.5B, 2:4, effort 10 | 1.000 → 0.300, 70% | 2.000 → 0.600, 70% | 70% | 40.0 → 20.0, 50% |"]
-    assert tables.draw_sizes(cells).startswith(b"\x89PNG")
+    monkeypatch.setattr(tables, "bytes_of", lambda figure, ending: [
+        [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
+        for axis in figure.axes])
+    others = [cell | {"model": "m/b-7M.gguf"} for cell in cells]
+    KL, perplexity = tables.draw_sizes(cells + others)
+    assert KL == [("2:4", [7e6, 1.5e9], pytest.approx([60, 60]))]
+    assert perplexity == [("2:4", [7e6, 1.5e9], pytest.approx([50, 50]))]
 
 
 def test_the_tables_of_the_pages_have_their_places():

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import CPU, make
+from conftest import CPU, VOCABULARY, _llama, make
 from makebelieve import CUDA, Gpu
 
 from mixgpt.evaluation import distance
@@ -45,6 +45,21 @@ def test_distances_are_those_of_full_forwards(name, sequences, device, tokens, m
     else:
         found = distances(dense, other, tokens)
     assert found == pytest.approx(expected, rel=1e-3, abs=1e-6) and KL.mean() > 1e-3
+
+
+@pytest.mark.parametrize("compares", [False, True])
+def test_logits_of_a_slice_are_let_go_of_before_those_of_the_next(compares, monkeypatch):
+    monkeypatch.setattr(running, "rows_at_once", lambda device, V: 2)  # so that they take most, as on a CPU
+    model, found = _llama("Llama", vocab_size=16_384).bfloat16(), Distance()
+    tokens = torch.randint(VOCABULARY, (4, 64), generator=torch.Generator().manual_seed(0))
+    perplexities(model, {"text": tokens}, 1, CPU, behind=found.keep)
+
+    def peak(count):
+        with Gpu() as gpu:
+            perplexities(model, {"text": tokens[:count]}, 1, CUDA, behind=found.compare if compares else None)
+        return gpu.peak
+
+    assert peak(4) < 1.1 * peak(1)
 
 
 @pytest.mark.parametrize("logit, expected", [(-torch.inf, 0.0), (torch.nan, torch.nan)])
