@@ -1,4 +1,4 @@
-"""Text that the dense model writes itself: it has what the model is good at, without anyone naming it.
+"""Text that the dense model writes itself: it has what the model tends to write, without anyone naming it.
 
 Half of the pieces begin with BOS, and half with the beginning of a user's turn, if the tokenizer has a chat template:
 the model then asks and answers. Each token is drawn from all that the model predicts, at temperature 1.
