@@ -26,6 +26,7 @@ PICTURE, EFFORT_PICTURE, SIZE_PICTURE = "images/tradeoff.png", "images/effort.pn
 METHODS = {"magnitude": "magnitude", "wanda": "Wanda", "owl": "OWL", "sparsegpt": "SparseGPT",
            "sparsegpt-76": "SparseGPT, 76 sequences", "mixgpt": "MixGPT", "best": "best"}
 REFERENCE, *BETTER = DRAWN = "sparsegpt", "mixgpt", "best"  # whose gap the others close a part of
+CALIBRATED = "c4"  # the text of all rows that name no other
 COST = "50%"  # the target of which time and memory are given
 TIMED = {method: METHODS[method] for method in ("sparsegpt", "sparsegpt-76", "mixgpt")} | {
     "best-0.3": "best, effort 0.3", "best": "best", "best-3": "best, effort 3", "best-10": "best, effort 10",
@@ -145,15 +146,22 @@ def by_model(cells, methods, write):
         for model, of in frame.groupby("model", sort=False)])
 
 
-def compared(cells):
-    """Yield what best saves of SparseGPT's distance to the dense model, for each model, target and effort.
+def text_of(cell):
+    """Return the calibration text of a cell, "" if it has none."""
+    return "".join(cell.get("command", "").split()[2:3])
 
-    That is (model, target, method, [[SparseGPT's KL, best's] of each text], [perplexities on the first text], share of
-    each KL that best closes, and of the log-perplexity), means over the seeds that best has.
+
+def compared(cells):
+    """Yield what best saves of SparseGPT's distance to the dense model, for each model, target, effort and text.
+
+    That is (model, target, how best differs: its effort and a text that is not CALIBRATED, [[SparseGPT's KL, best's] of
+    each text], [perplexities on the first text], share of each KL that best closes, and of the log-perplexity), means
+    over the seeds that best has.
     """
     texts, found = list(cells[0]["figures"]), {}
     for cell in cells:
-        found.setdefault((cell["model"], cell["target"]), {}).setdefault(cell["method"], []).append(cell)
+        method = cell["method"] + f", {text_of(cell)}".removesuffix(f", {CALIBRATED}")
+        found.setdefault((cell["model"], cell["target"]), {}).setdefault(method, []).append(cell)
     for (model, target), of in found.items():
         for method in of if REFERENCE in of else ():
             if not method.startswith("best"):
@@ -162,28 +170,30 @@ def compared(cells):
             pairs = [cell for cell in of[REFERENCE] if cell["seed"] in seeds], of[method]
             KL = [[np.mean([cell["distance"][text]["KL"] for cell in each]) for each in pairs] for text in texts]
             ppl = [np.exp(np.mean([np.log(cell["figures"][texts[0]]) for cell in each])) for each in pairs]
-            yield (Path(model).name.removesuffix(".gguf"), target.replace("+4bit", " + 4 bit"), method, KL, ppl,
+            name, *text = method.split(", ")
+            yield (Path(model).name.removesuffix(".gguf"), target.replace("+4bit", " + 4 bit"),
+                   ", ".join([TIMED[name], *text]).removeprefix("best"), KL, ppl,
                    [1 - ours / theirs for theirs, ours in KL], 1 - np.log(ppl[1] / dense) / np.log(ppl[0] / dense))
 
 
 def distances(cells):
     """Write how far SparseGPT's and best's models are from the dense one, and what share of that best closes."""
     texts = list(cells[0]["figures"])
-    rows = [[f"{model}, {target}{TIMED[method].removeprefix('best')}", *(
+    rows = [[f"{model}, {target}{differs}", *(
         f"{theirs:.3f} → {ours:.3f}, {share:.0%}" for (theirs, ours), share in zip(KL, shares, strict=True)),
         f"{np.mean(shares):.0%}", f"{ppl[0]:.1f} → {ppl[1]:.1f}, {saved:.0%}"]
-        for model, target, method, KL, ppl, shares, saved in compared(cells)]
+        for model, target, differs, KL, ppl, shares, saved in compared(cells)]
     return table_of_markdown(["", *(f"KL, {text}" for text in texts), "mean", f"perplexity, {texts[0]}"], rows)
 
 
 def draw_sizes(cells):
     """Plot the shares that best closes against the model's size, which its name has, such as 0.5B, by target."""
     figure, rows, ticks = Figure(figsize=(11, 4), layout="constrained"), [], {}
-    for model, target, method, *_, shares, saved in compared(cells):
+    for model, target, differs, *_, shares, saved in compared(cells):
         size, unit = re.search(r"([\d.]+)([MB])\b", model).groups()
         parameters = float(size) * {"M": 1e6, "B": 1e9}[unit]
         ticks[parameters] = model.replace("-Instruct", "").replace("-", "\n", 1)
-        if method == "best":
+        if not differs:
             rows.append([parameters, target, np.mean(shares), saved])
     frame = pd.DataFrame(rows, columns=["parameters", "target", "KL, mean of three texts", "perplexity, WikiText-2"])
     for axis, share in zip(figure.subplots(1, 2, sharey=True), frame.columns[2:], strict=True):
@@ -214,7 +224,7 @@ def servings(cells):
 def latest(cells):
     """Return the cells without those that another one of the same kind comes after."""
     kind = "model", "method", "target", "seed", "sequences"
-    return list({tuple(map(cell.get, kind)): cell for cell in cells}.values())
+    return list({(*map(cell.get, kind), text_of(cell)): cell for cell in cells}.values())
 
 
 def main(argv=None):

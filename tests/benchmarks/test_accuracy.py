@@ -63,21 +63,24 @@ def test_what_is_missing_is_told_with_the_time_of_cells_alike(tmp_path):
 
 
 def test_what_is_measured_anew_replaces_what_was():
-    cells = [{"model": "m", "method": "best", "target": "50%", "seed": seed, "n": n}
-             for n, seed in enumerate([0, 1, 0])]
-    assert sorted(cell["n"] for cell in tables.latest(cells)) == [1, 2]
+    cells = [{"model": "m", "method": "best", "target": "50%", "seed": seed, "command": f"llama.py m {text}", "n": n}
+             for n, (seed, text) in enumerate([(0, "c4"), (1, "c4"), (0, "c4"), (0, "c4:1")])]
+    assert sorted(cell["n"] for cell in tables.latest(cells)) == [1, 2, 3]
 
 
 def test_distances_stand_beside_what_best_closes_of_them(monkeypatch):
     cells = [{"model": "m/a-1.5B.gguf", "target": target, "method": method, "seed": seed,
-              "figures": {"x": perplexity, "y": 1.0}, "distance": {"x": {"KL": KL}, "y": {"KL": 2 * KL}}}
-             for target, method, seed, KL, perplexity in [
-                 ("0%", "dense", 0, 0, 10.0), ("2:4", "sparsegpt", 0, 1.0, 40.0), ("2:4", "sparsegpt", 1, 2.0, 40.0),
-                 ("2:4", "best", 0, 0.5, 20.0), ("2:4", "best", 1, 0.7, 20.0), ("2:4", "best-10", 0, 0.3, 20.0),
-                 ("50%", "best", 0, 0.1, 11.0)]]
+              "figures": {"x": perplexity, "y": 1.0}, "distance": {"x": {"KL": KL}, "y": {"KL": 2 * KL}},
+              "command": f"llama.py m/a-1.5B.gguf {text} --seed {seed}"}
+             for target, method, seed, KL, perplexity, text in [
+                 ("0%", "dense", 0, 0, 10.0, "c4"), ("2:4", "sparsegpt", 0, 1.0, 40.0, "c4"),
+                 ("2:4", "sparsegpt", 1, 2.0, 40.0, "c4"), ("2:4", "best", 0, 0.5, 20.0, "c4"),
+                 ("2:4", "best", 1, 0.7, 20.0, "c4"), ("2:4", "best-10", 0, 0.3, 20.0, "c4"),
+                 ("2:4", "best", 0, 0.8, 20.0, "c4:0.6,code:0.4"), ("50%", "best", 0, 0.1, 11.0, "c4")]]
     assert tables.distances(cells).splitlines()[2:] == [
         "| a-1.5B, 2:4 | 1.500 → 0.600, 60% | 3.000 → 1.200, 60% | 60% | 40.0 → 20.0, 50% |",
-        "| a-1.5B, 2:4, effort 10 | 1.000 → 0.300, 70% | 2.000 → 0.600, 70% | 70% | 40.0 → 20.0, 50% |"]
+        "| a-1.5B, 2:4, effort 10 | 1.000 → 0.300, 70% | 2.000 → 0.600, 70% | 70% | 40.0 → 20.0, 50% |",
+        "| a-1.5B, 2:4, c4:0.6,code:0.4 | 1.000 → 0.800, 20% | 2.000 → 1.600, 20% | 20% | 40.0 → 20.0, 50% |"]
     monkeypatch.setattr(tables, "bytes_of", lambda figure, ending: [
         [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
         for axis in figure.axes])
