@@ -6,7 +6,6 @@ import os
 import tempfile
 import time
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest import mock
 
 import torch
@@ -131,8 +130,8 @@ def written():
     """Return the text that a model writes itself, and what its cache holds of it."""
     with tempfile.TemporaryDirectory() as cache, mock.patch.dict(os.environ, XDG_CACHE_HOME=cache), \
             mock.patch.object(own_text, "PIECE", 16):
-        begins = SimpleNamespace(bos_token_id=0, eos_token_id=1, chat_template=None)
-        text = own_text.write_text(make("llama").eval(), begins, CPU, 5 * 16, 1)
+        begins = mock.MagicMock(all_special_ids=[], chat_template=None, **{"__len__.return_value": 384})
+        text = own_text.write_text(make("llama").eval(), begins, CPU, 5 * 16, 1, "never")
         return text, [load_file(file)["tokens"] for file in own_text.cache_folder().glob("*")]
 
 

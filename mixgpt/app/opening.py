@@ -131,7 +131,7 @@ def _own_text(run: Run) -> tuple[str, Callable | None]:
     if not run.own_tokens:
         return dataset, None
     run.begin("own text")
-    why = own_text.obstacle(run.model, run.tokenizer, run.device)
+    why = own_text.obstacle(run.model, run.device)
     if why and (others := without_own(dataset)) != dataset:
         print(f"warning  dataset {dataset}: without {OWN}, as {why}", flush=True)
         return others, None
@@ -140,11 +140,10 @@ def _own_text(run: Run) -> tuple[str, Callable | None]:
 
 def _write(run: Run, argument: str, count: int, seed: int | str) -> torch.Tensor:
     """Return tokens (count,) that the model writes. Raises InputError if it cannot."""
-    model = run.model, run.tokenizer, run.device
-    if why := own_text.obstacle(*model):
+    if why := own_text.obstacle(run.model, run.device):
         raise InputError(f"{argument} {OWN}: cannot be written, as {why}; give another text")
     with run.clock.part("evaluation" if argument == "--eval" else "own text"):
-        return own_text.write_text(*model, count, seed)
+        return own_text.write_text(run.model, run.tokenizer, run.device, count, seed, run.settings.bos)
 
 
 def _taken_from(tokens: torch.Tensor) -> Callable[[int, int], torch.Tensor]:

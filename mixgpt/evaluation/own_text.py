@@ -1,7 +1,8 @@
 """Text that the dense model writes itself: it has what the model tends to write, without anyone naming it.
 
-Half of the pieces begin with BOS, and half with the beginning of a user's turn, if the tokenizer has a chat template:
-the model then asks and answers. Each token is drawn from all that the model predicts, at temperature 1.
+Half of the pieces begin with a random token of the vocabulary, as in LLM-QAT (arXiv 2305.17888), or with BOS where all
+sequences must. The others begin with a user's turn, if the tokenizer has a chat template: the model then asks and
+answers. Each further token is drawn from all that the model predicts, at temperature 1.
 """
 
 import contextlib
@@ -33,23 +34,32 @@ FREE = -1  # Stands for a token that the model chooses.
 MESSAGE = "‹message›"  # It marks where a user's message would stand.
 
 
-def beginnings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, T: int) -> list[list[int]]:
-    """Return tokens with which pieces of T tokens begin, none of them longer than half; [] if the model has no BOS."""
-    ends = tokenizer.bos_token_id, getattr(model.config, "bos_token_id", None), tokenizer.eos_token_id
-    first = next((token for token in ends if token is not None), None)
-    found = [] if first is None else [[first]]
-    if found and tokenizer.chat_template:
+def beginnings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, number: int, T: int, seed: int | str,
+               bos: str) -> Tensor:
+    """Return tokens (number, t) with which pieces of T tokens begin, FREE behind the beginning of each.
+
+    bos: a value of --bos. A user's turn of which the beginning fills more than half of a piece is left out.
+    """
+    special = set(tokenizer.all_special_ids)
+    known = min(len(tokenizer), model.config.get_text_config().vocab_size)
+    ordinary = [token for token in range(known) if token not in special]
+    drawn = torch.randint(len(ordinary), (number,), generator=seeded(seed, "beginnings")).tolist()
+    starts = [[tokenizer.bos_token_id if bos == "each" else ordinary[place]] for place in drawn]
+    if tokenizer.chat_template:
         with contextlib.suppress(InputError):  # Some templates ask for more than a user's message.
             text, = as_texts([[{"role": "user", "content": MESSAGE}]], tokenizer)
             before, message, _ = text.partition(MESSAGE)
-            found += [encode(tokenizer, before, add_special_tokens=False).input_ids] if message else []
-    return [tokens for tokens in found if 1 <= len(tokens) <= max(T // 2, 1)]
+            turn = encode(tokenizer, before, add_special_tokens=False).input_ids if message else []
+            if 1 <= len(turn) <= max(T // 2, 1):
+                starts[1::2] = [turn] * (number // 2)
+    forced = torch.full((number, max(map(len, starts))), FREE)
+    for row, start in zip(forced, starts, strict=True):
+        row[:len(start)] = torch.tensor(start)
+    return forced
 
 
-def obstacle(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> str:
+def obstacle(model: PreTrainedModel, device: torch.device) -> str:
     """Return why a model cannot write text, "" if it can."""
-    if not beginnings(model, tokenizer, PIECE):
-        return "the tokenizer has neither BOS nor EOS to begin with"
     return "" if rows_at_once(model, device) else f"{device} has no room for the whole model"
 
 
@@ -66,28 +76,23 @@ def rows_at_once(model: PreTrainedModel, device: torch.device, free: Callable[[t
 
 @torch.no_grad()
 def write_text(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, device: torch.device, count: int,
-               seed: int | str) -> Tensor:
+               seed: int | str, bos: str) -> Tensor:
     """Return so many tokens (count,) that a model writes, in pieces; from the cache if it has written them before.
 
-    The model has no `obstacle`. Raises InputError for NaN or inf in its predictions.
+    bos: a value of --bos. The model has no `obstacle`. Raises InputError for NaN or inf in its predictions.
     """
     length = min(count, PIECE, position_limit(model.config) or PIECE)
-    starts = beginnings(model, tokenizer, length)
-    key = fingerprint(model), str(model.dtype), device.type, distributed.world(), starts, length, count, seed
+    number = -(-count // length)
+    forced = beginnings(model, tokenizer, number, length, seed, bos)
+    key = fingerprint(model), str(model.dtype), device.type, distributed.world(), forced.tolist(), length, count, seed
     file = cache_folder() / f"text-{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.safetensors"
     kept = load_file(file)["tokens"] if distributed.rank() == 0 and file.exists() else None
     if (kept := distributed.broadcast_object(kept)) is not None:  # Other machines have caches of their own.
         return kept
-    number = -(-count // length)
-    mine = range(number)[distributed.share(number)]
-    forced = torch.full((len(mine), max(map(len, starts))), FREE)
-    for row, piece in zip(forced, mine, strict=True):
-        start = starts[piece % len(starts)]
-        row[:len(start)] = torch.tensor(start)
-    uniform = torch.rand(number, length - 1, generator=seeded(seed, "own text"))[mine.start:mine.stop]
+    uniform = torch.rand(number, length - 1, generator=seeded(seed, "own text"))
     # So the text is the same in any number of processes and batches, but for rounding.
-    size = rows_at_once(model, device)
-    batches = [each for each in zip(forced.split(size), uniform.split(size), strict=True) if len(each[0])]
+    mine, size = distributed.share(number), rows_at_once(model, device)
+    batches = [each for each in zip(forced[mine].split(size), uniform[mine].split(size), strict=True) if len(each[0])]
     with whole(model, device), progress.bar(total=len(batches) * (length - 1), title="own text", unit="token") as bar:
         pieces = [write_pieces(model, part.to(device), numbers, bar) for part, numbers in batches]
     tokens = torch.cat(sum(distributed.all_gather_object(pieces), [])).flatten()[:count]

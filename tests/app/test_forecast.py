@@ -72,7 +72,7 @@ def test_the_models_own_text_takes_what_it_is_said_to_and_is_one_of_the_stages(f
                                     sparsity_way="weight-level", sensitivity="fisher")
         need = next(need for need in forecast.memory_needs(run) if need.stage == "own text")
         model, device = pipeline.load.load_model(settings.model, "auto"), torch.device("cuda:0")
-        own_text.write_text(model, run.tokenizer, device, run.own_tokens, 0)
+        own_text.write_text(model, run.tokenizer, device, run.own_tokens, 0, "never")
         peak = runtime.peak_memory(device)["device"]
     assert run.own_tokens == 32 * 64 and run.stages[0] == "own text"
     assert 0.9 * peak < need.device < 1.2 * peak

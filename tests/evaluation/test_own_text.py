@@ -50,74 +50,74 @@ def drawn(model, starts, length, uniform):
 @torch.no_grad()
 def test_each_token_is_drawn_from_the_models_own_predictions(name, chatty, monkeypatch):
     monkeypatch.setattr(own_text, "PIECE", 20)
-    model = make(name).eval()
-    starts = own_text.beginnings(model, chatty, 20)
+    model, bos = make(name).eval(), {"gemma3": "each"}.get(name, "never")
+    starts = [[token for token in row if token != own_text.FREE]
+              for row in own_text.beginnings(model, chatty, 4, 20, 5, bos).tolist()]
     message = chatty("<s>user:", add_special_tokens=False).input_ids
-    assert starts[0] == [chatty.bos_token_id] and starts[1][:len(message)] == message
-    text = own_text.write_text(model, chatty, CPU, 4 * 20 - 3, 5)
+    assert all(start[:len(message)] == message for start in starts[1::2])
+    assert all((start == [chatty.bos_token_id]) == (bos == "each") for start in starts[::2])
+    text = own_text.write_text(model, chatty, CPU, 4 * 20 - 3, 5, bos)
     uniform = torch.rand(4, 19, generator=seeded(5, "own text")).t().double()
-    expected = drawn(model, [starts[0], starts[1]] * 2, 20, uniform)
-    assert text.tolist() == sum(expected, [])[:77]
+    assert text.tolist() == sum(drawn(model, starts, 20, uniform), [])[:77]
 
 
 @torch.no_grad()
 def test_no_setting_of_the_model_ends_or_alters_its_text(tokenizer):
     model = make("llama").eval()
-    expected = own_text.write_text(model, tokenizer, CPU, 128, 0)
+    expected = own_text.write_text(model, tokenizer, CPU, 128, 0, "never")
     model.config._name_or_path = "other"
     for file in own_text.cache_folder().iterdir():
         file.unlink()
     settings = model.generation_config
     settings.update(eos_token_id=list(range(9, 300)), repetition_penalty=3.0, temperature=9.0, do_sample=True)
-    assert torch.equal(own_text.write_text(model, tokenizer, CPU, 128, 0), expected)
+    assert torch.equal(own_text.write_text(model, tokenizer, CPU, 128, 0, "never"), expected)
     assert model.generation_config is settings
     assert len(expected.unique()) > 20
 
 
 def test_text_is_written_once_for_each_model_and_seed(tokenizer, cache, monkeypatch):
     model = make("llama").eval()
-    first = own_text.write_text(model, tokenizer, CPU, 100, 0)
-    other = own_text.write_text(model, tokenizer, CPU, 100, 1)
+    first = own_text.write_text(model, tokenizer, CPU, 100, 0, "never")
+    other = own_text.write_text(model, tokenizer, CPU, 100, 1, "never")
     assert not torch.equal(first, other) and len(list(cache.iterdir())) == 2
     with monkeypatch.context() as patch:
         patch.setattr(own_text, "write_pieces", lambda *_: pytest.fail("it was written again"))
-        assert torch.equal(own_text.write_text(model, tokenizer, CPU, 100, 0), first)
-        assert torch.equal(own_text.write_text(make("llama").eval(), tokenizer, CPU, 100, 1), other)
+        assert torch.equal(own_text.write_text(model, tokenizer, CPU, 100, 0, "never"), first)
+        assert torch.equal(own_text.write_text(make("llama").eval(), tokenizer, CPU, 100, 1, "never"), other)
     nn.init.ones_(model.lm_head.weight)
-    assert not torch.equal(own_text.write_text(model, tokenizer, CPU, 100, 0), first)
+    assert not torch.equal(own_text.write_text(model, tokenizer, CPU, 100, 0, "never"), first)
 
 
 def test_a_cache_that_cannot_be_written_does_not_end_the_run(tokenizer, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
-    assert len(own_text.write_text(make("llama").eval(), tokenizer, CPU, 100, 0)) == 100
+    assert len(own_text.write_text(make("llama").eval(), tokenizer, CPU, 100, 0, "never")) == 100
 
 
 def test_predictions_that_are_not_finite_are_refused(tokenizer):
     model = make("llama").eval()
     nn.init.constant_(model.lm_head.weight, torch.nan)
     with pytest.raises(InputError, match="its logits contain NaN or inf"):
-        own_text.write_text(model, tokenizer, CPU, 100, 0)
+        own_text.write_text(model, tokenizer, CPU, 100, 0, "never")
 
 
 @pytest.mark.parametrize("template", ["{{ raise_exception('a system message comes first') }}", "<s>nothing of it",
                                       "{{ messages[1].content }}"])
 def test_a_chat_template_that_cannot_show_a_message_is_not_used(template, chatty):
     chatty.chat_template = template
-    assert own_text.beginnings(make("llama"), chatty, 256) == [[chatty.bos_token_id]]
+    assert own_text.beginnings(make("llama"), chatty, 8, 64, 0, "never").shape == (8, 1)
 
 
-def test_long_beginnings_and_missing_bos(chatty, tokenizer):
+def test_pieces_begin_with_any_token_but_special_ones_or_those_that_the_model_lacks(chatty):
     model = make("llama")
-    assert len(own_text.beginnings(model, chatty, 4)) == 1
-    assert own_text.beginnings(model, tokenizer, 256) == [[tokenizer.bos_token_id]]
-    without = copy.deepcopy(tokenizer)
-    without.bos_token = None
-    assert own_text.beginnings(model, without, 256) == [[model.config.bos_token_id]]
-    model.config.bos_token_id = None
-    assert own_text.beginnings(model, without, 256) == [[tokenizer.eos_token_id]]
-    without.eos_token = None
-    assert "neither BOS nor EOS" in own_text.obstacle(model, without, CPU)
+    model.config.vocab_size = 40
+    with_turns, without = (own_text.beginnings(model, chatty, 2000, T, 0, "never") for T in (64, 4))
+    assert with_turns.shape[1] > 2 and torch.equal(with_turns[::2, 0], without[::2, 0])
+    assert without.shape == (2000, 1) and set(without.flatten().tolist()) == set(range(2, 40))
+    assert without.float().mean() == pytest.approx(20.5, abs=1)
+    chatty.bos_token = None  # Its token is no special one then.
+    assert set(own_text.beginnings(model, chatty, 2000, 4, 0, "never").flatten().tolist()) == {0, *range(2, 40)}
+    assert not torch.equal(own_text.beginnings(model, chatty, 2000, 4, 1, "never"), without)
 
 
 def test_a_run_calibrates_and_evaluates_on_text_of_the_dense_model(prune, checkpoint_folder, tokenizer, tmp_path,
@@ -137,7 +137,7 @@ def test_a_run_calibrates_and_evaluates_on_text_of_the_dense_model(prune, checkp
     assert len({count for _, count in stages}) == 1
     run, record = seen["run"], record_of(tmp_path / "out")
     model = make("llama").eval()
-    own = own_text.write_text(model, tokenizer, CPU, 2 * 32 + 2 * 32, 3).view(4, 32).tolist()
+    own = own_text.write_text(model, tokenizer, CPU, 2 * 32 + 2 * 32, 3, "never").view(4, 32).tolist()
     calibrated, further = run.calibration.tolist(), run.further.tolist()
     assert [len(calibrated), len(further)] == [4, 4 + 2]
     assert [row for row in own if row in calibrated] == own[:2]
@@ -145,7 +145,7 @@ def test_a_run_calibrates_and_evaluates_on_text_of_the_dense_model(prune, checkp
     taught, _ = datautils.calibration_samples("builtin", 2, 32, "3, distillation", tokenizer)
     assert further[4:] == taught.tolist()
     assert [part["dataset"] for part in record["data"]["calibration"]["parts"]] == ["builtin", "self"]
-    test = own_text.write_text(model, tokenizer, CPU, opening.OWN_TOKENS, "test")
+    test = own_text.write_text(model, tokenizer, CPU, opening.OWN_TOKENS, "test", "never")
     assert torch.equal(run.tests["self"].flatten(), test[:run.tests["self"].numel()])
 
 
@@ -163,7 +163,7 @@ def test_weights_are_where_they_were_behind_the_text(kind, checkpoint_folder, to
     model = (opening.load.open_model if kind == "on disk" else lambda name, _, dtype: opening.load.load_model(
         name, dtype))(folder, config, "auto")
     places = locations_of(model)
-    own_text.write_text(model, tokenizer, CPU, 100, 0)
+    own_text.write_text(model, tokenizer, CPU, 100, 0, "never")
     assert locations_of(model) == places and bool(places) == (kind == "on disk")
     assert all(weight.is_meta == (kind == "on disk") for weight in model.parameters())
 
@@ -198,5 +198,5 @@ def test_only_what_has_a_probability_is_drawn(tokenizer, monkeypatch):
     model.lm_head = Bias(32, 384)
     for u in (0.0, 1 - 2**-24, 0.4, 2 / 3):
         monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **_: torch.full(shape, u))
-        text = own_text.write_text(model, tokenizer, CPU, own_text.PIECE, f"{u}")
+        text = own_text.write_text(model, tokenizer, CPU, own_text.PIECE, f"{u}", "never")
         assert set(text[1:].tolist()) == {kept[min(int(3 * u), 2)]}, u
