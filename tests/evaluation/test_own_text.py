@@ -115,9 +115,9 @@ def test_pieces_begin_with_any_token_but_special_ones_or_those_that_the_model_la
     assert with_turns.shape[1] > 2 and torch.equal(with_turns[::2, 0], without[::2, 0])
     assert without.shape == (2000, 1) and set(without.flatten().tolist()) == set(range(2, 40))
     assert without.float().mean() == pytest.approx(20.5, abs=1)
+    assert not torch.equal(own_text.beginnings(model, chatty, 2000, 4, 1, "never"), without)
     chatty.bos_token = None  # Its token is no special one then.
     assert set(own_text.beginnings(model, chatty, 2000, 4, 0, "never").flatten().tolist()) == {0, *range(2, 40)}
-    assert not torch.equal(own_text.beginnings(model, chatty, 2000, 4, 1, "never"), without)
 
 
 def test_a_run_calibrates_and_evaluates_on_text_of_the_dense_model(prune, checkpoint_folder, tokenizer, tmp_path,
