@@ -167,7 +167,7 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
     layers_take, loss, divergence = layers_and_head(streamed, tested, run.distills)
     written = -(-run.own_tokens // own_text.PIECE)
     rows = min(written, own_text.TOGETHER)
-    token = seconds_of_a_token(streamed, rows) if rows else 0.0
+    token, of_layers = seconds_of_a_token(streamed, rows) if rows else (0.0, 0.0)
     depth = sum(weight.numel() for layer in layers for weight in layer.parameters()) / sum(
         weight.numel() for layer in streamed.layers for weight in layer.parameters())
     more, size, some = settings.nsamples / few, tokens.numel(), len(with_gradients(few, T))
@@ -181,7 +181,7 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
     pruning = depth * (solving + sum(took[part] for part in ONCE) + more * (took["forward"] + took["Hessian"]))
     tests = sum(test_tokens(run)) * (depth * layers_take + loss)
     of_stage = {
-        "own text": scaled(token, loss * rows, -(-written // own_text.TOGETHER) * (own_text.PIECE - 1)),
+        "own text": (token + (depth - 1) * of_layers) * -(-written // own_text.TOGETHER) * (own_text.PIECE - 1),
         "dense model": tests, "evaluation": tests, "experts": scaled(took["experts"], 0, more),
         "sensitivity": scaled(took["sensitivity"], divergence * size, more * settings.nprobes),
         "gradients": scaled(took["gradients"], divergence * T * some, len(with_gradients(settings.nsamples, T)) / some),
@@ -235,14 +235,23 @@ def layers_and_head(streamed: StreamedModel, tokens: torch.Tensor, narrow: bool)
     return timed(advance, tokens.numel()), loss, divergence
 
 
-def seconds_of_a_token(streamed: StreamedModel, rows: int) -> float:
-    """Return the seconds that a model takes to write a token of each of so many pieces."""
+def seconds_of_a_token(streamed: StreamedModel, rows: int) -> tuple[float, float]:
+    """Return the seconds in which a model writes a token of each of so many pieces, and what its layers take of them.
+
+    The rest, above all the head and the drawing, takes as long in a model of any number of layers. The layers are timed
+    without attention to earlier tokens.
+    """
     clock, forced = runtime.Clock(streamed.device), torch.zeros(rows, 1, dtype=torch.long, device=streamed.device)
     with whole(streamed.model, streamed.device), progress.bar(title="own text", disable=True) as bar:
         for count in (1, TIMED):  # The first tokens take longer.
             with clock.part(f"{count}"):
                 own_text.write_pieces(streamed.model, forced, torch.rand(rows, count), bar)
-    return clock.seconds()[f"{TIMED}"] / TIMED
+        stream = replace(streamed, batch_size=rows).embed(forced)
+        for turn in ("first", "second"):
+            with clock.part(turn):
+                for index, layer in enumerate(streamed.layers):
+                    stream.advance(layer, index)
+    return clock.seconds()[f"{TIMED}"] / TIMED, clock.seconds()["second"]
 
 
 def text(run: Run, execute: Callable) -> str:

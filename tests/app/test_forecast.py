@@ -80,6 +80,9 @@ def test_the_models_own_text_takes_what_it_is_said_to_and_is_one_of_the_stages(f
                          sensitivity="fisher")
     times = forecast.seconds(run, pipeline.execute)
     assert list(times) == run.stages and times["own text"] > 0
+    monkeypatch.setattr(forecast, "seconds_of_a_token", lambda *_: (5.0, 1.0))
+    of_all = 5 + (len(layers_of(run.model)) - 1) * 1  # Only the layers take longer in a deeper model.
+    assert forecast.seconds(run, pipeline.execute)["own text"] == pytest.approx(32 / 8 * 63 * of_all)
 
 
 def test_a_machine_that_is_not_here_is_asked_about_by_the_memory_of_its_gpu(forecast_of, tmp_path):
