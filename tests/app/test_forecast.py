@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CPU, _llama, assert_same_weights, read_little
+from conftest import CPU, _llama, assert_same_weights, read_little, slow_but
 from makebelieve import Gpu
 
 import mixgpt
@@ -37,7 +37,7 @@ def forecast_of(checkpoint_folder, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("preset", ["sparsegpt", "mixgpt", "best"])
-@pytest.mark.parametrize("name", ["wide llama", "wide opt"])
+@pytest.mark.parametrize("name", slow_but(["wide llama"], ["wide llama", "wide opt"]))
 def test_what_a_gpu_is_said_to_hold_at_most_is_what_it_holds(name, preset, forecast_of, monkeypatch, tmp_path):
     monkeypatch.setattr(columns, "triton_obstacle", lambda device: "it is make-believe")
     begun, begin = [], Run.begin

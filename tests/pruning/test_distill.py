@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from conftest import CPU, VOCABULARY, make, modules_of
+from conftest import CPU, VOCABULARY, make, modules_of, slow_but
 from makebelieve import CUDA, Gpu
 from torch.profiler import ProfilerActivity, profile
 
@@ -193,7 +193,7 @@ def test_sixteen_bits_and_those_below_add_up_small_changes(monkeypatch):
 
 @pytest.mark.parametrize("way", WAYS[1:], ids=str)
 @pytest.mark.parametrize("scheme", [None, SCHEMES["groups"]], ids=["weights", "scales"])
-@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("stored", slow_but([torch.bfloat16], [torch.bfloat16, torch.float32]), ids=str)
 def test_all_ways_give_the_same_model(way, scheme, stored, checkpoint_folder, tmp_path):
     """Those in memory, and those on disk, which stays as it is."""
     folder, found, divergences = tmp_path / "pruned", [], []
