@@ -82,6 +82,9 @@ results: .venv/runtime
 			--methods magnitude wanda owl sparsegpt mixgpt best; \
 		$(PY) benchmarks/accuracy.py $$model c4 --output docs/accuracy/distance.json $(FAR) \
 			--methods sparsegpt best --seeds 0; \
+		case $$model in *Coder*) for text in c4:1 c4:0.6,code:0.4; do \
+			$(PY) benchmarks/accuracy.py $$model $$text --output docs/accuracy/distance.json $(FAR) \
+				--methods best --targets 50% --seeds 0; done; esac; \
 		$(PY) benchmarks/paper.py table1 $$model --output docs/accuracy/paper.json --seeds 0 1 2 --nsamples 32 \
 			--seqlen 512 --eval wikitext2 c4 $(CELLS); \
 	done
