@@ -105,7 +105,7 @@ def memory_needs(run: Run) -> list[Need]:
             host += borders * (place == "host")
         elif stage == "own text":
             weights, piece = needs.writing_bytes(run.model, own_text.PIECE, device)
-            pieces = min(own_text.rows_at_once(run.model, device, free), -(-run.own_tokens // own_text.PIECE))
+            pieces = min(own_text.rows_at_once(run.model, device, free), max(pieces_of(run)))
             work = weights + piece * pieces if pieces else 0.0  # Without room, other text takes its place.
         elif stage == "distillation":
             work, host, disk = distilling.device, trained + compared + distilling.host, distilling.disk
@@ -125,6 +125,11 @@ def memory_needs(run: Run) -> list[Need]:
         on_gpu = device.type == "cuda"
         rows.append(Need(stage, work * on_gpu, host + work * (not on_gpu), disk + states * (place == "disk")))
     return rows
+
+
+def pieces_of(run: Run) -> list[int]:
+    """Return how many pieces the dense model writes of each text of its own."""
+    return [-(-count // own_text.PIECE) for count in run.own_tokens.values()]
 
 
 def test_tokens(run: Run) -> list[int]:
@@ -165,8 +170,8 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
     streamed = StreamedModel(model.to("cpu"), run.device, settings.batch_size)
     tested = tokens.repeat(max(ENOUGH // tokens.numel(), 1), 1)
     layers_take, loss, divergence = layers_and_head(streamed, tested, run.distills)
-    written = -(-run.own_tokens // own_text.PIECE)
-    rows = min(written, own_text.TOGETHER)
+    written = pieces_of(run)
+    rows = min(max(written, default=0), own_text.TOGETHER)
     token, of_layers = seconds_of_a_token(streamed, rows) if rows else (0.0, 0.0)
     depth = sum(weight.numel() for layer in layers for weight in layer.parameters()) / sum(
         weight.numel() for layer in streamed.layers for weight in layer.parameters())
@@ -181,7 +186,8 @@ def seconds(run: Run, execute: Callable) -> dict[str, float]:
     pruning = depth * (solving + sum(took[part] for part in ONCE) + more * (took["forward"] + took["Hessian"]))
     tests = sum(test_tokens(run)) * (depth * layers_take + loss)
     of_stage = {
-        "own text": (token + (depth - 1) * of_layers) * -(-written // own_text.TOGETHER) * (own_text.PIECE - 1),
+        "own text": (token + (depth - 1) * of_layers) * (own_text.PIECE - 1) * sum(
+            -(-pieces // own_text.TOGETHER) for pieces in written),
         "dense model": tests, "evaluation": tests, "experts": scaled(took["experts"], 0, more),
         "sensitivity": scaled(took["sensitivity"], divergence * size, more * settings.nprobes),
         "gradients": scaled(took["gradients"], divergence * T * some, len(with_gradients(settings.nsamples, T)) / some),

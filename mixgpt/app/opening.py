@@ -17,7 +17,7 @@ from mixgpt.common import distributed, memory, program
 from mixgpt.common.errors import InputError
 from mixgpt.common.files import writing
 from mixgpt.common.texts import OWN, text_for, without_own
-from mixgpt.datautils import OWN_TOKENS, begin, calibration_samples, test_tokens
+from mixgpt.datautils import begin, calibration_samples, test_tokens
 from mixgpt.evaluation import own_text
 from mixgpt.kernels import columns
 from mixgpt.modeling import streaming
@@ -88,6 +88,8 @@ def _read_texts(run: Run, texts: list | torch.Tensor | None) -> None:
     """
     settings, seqlen, tokenizer, sources = run.settings, run.seqlen, run.tokenizer, run.sources
     count, options = sum(settings.extra_counts), {"data_dir": settings.data_dir, "bos": settings.bos}
+    if run.own_tokens:
+        run.begin("own text")
     if settings.needs_calibration and isinstance(texts, torch.Tensor):
         run.calibration = begin(texts.to("cpu", copy=True), tokenizer, settings.bos)
         sources["calibration"] = {"dataset": settings.dataset, "tokens": streaming.digest(run.calibration)}
@@ -101,7 +103,7 @@ def _read_texts(run: Run, texts: list | torch.Tensor | None) -> None:
         run.calibration, sources["calibration"] = drawn.pop("calibration")
         run.further = torch.cat([run.calibration[:0], *(tokens.view(-1, seqlen) for tokens, _ in drawn.values())])
     for name in settings.eval:
-        own = _taken_from(_write(run, "--eval", OWN_TOKENS, "test")) if name == OWN else None
+        own = _taken_from(_write(run, "--eval", "test")) if name == OWN else None
         segments, sources[name] = test_tokens(name, seqlen, tokenizer, own=own, **options)
         run.tests[name] = segments[:settings.eval_limit]
     for tokens in filter(torch.is_tensor, (run.calibration, run.further, *run.tests.values())):
@@ -128,22 +130,22 @@ def _own_text(run: Run) -> tuple[str, Callable | None]:
     Returns the text, in which others replace what the model cannot write, and `calibration_samples`'s `own`.
     """
     dataset: Any = run.settings.dataset
-    if not run.own_tokens:
+    if "dataset" not in run.own_tokens:
         return dataset, None
-    run.begin("own text")
     why = own_text.obstacle(run.model, run.device)
     if why and (others := without_own(dataset)) != dataset:
         print(f"warning  dataset {dataset}: without {OWN}, as {why}", flush=True)
         return others, None
-    return dataset, _taken_from(_write(run, "dataset", run.own_tokens, run.settings.seed))
+    return dataset, _taken_from(_write(run, "dataset", run.settings.seed))
 
 
-def _write(run: Run, argument: str, count: int, seed: int | str) -> torch.Tensor:
-    """Return tokens (count,) that the model writes. Raises InputError if it cannot."""
+def _write(run: Run, argument: str, seed: int | str) -> torch.Tensor:
+    """Return the tokens that the model writes for an argument. Raises InputError if it cannot."""
     if why := own_text.obstacle(run.model, run.device):
         raise InputError(f"{argument} {OWN}: cannot be written, as {why}; give another text")
     with run.clock.part("evaluation" if argument == "--eval" else "own text"):
-        return own_text.write_text(run.model, run.tokenizer, run.device, count, seed, run.settings.bos)
+        return own_text.write_text(
+            run.model, run.tokenizer, run.device, run.own_tokens[argument], seed, run.settings.bos)
 
 
 def _taken_from(tokens: torch.Tensor) -> Callable[[int, int], torch.Tensor]:

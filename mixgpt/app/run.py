@@ -13,6 +13,7 @@ from mixgpt.app.settings import IN_MEMORY, Settings
 from mixgpt.checkpoints import run_dir
 from mixgpt.common import distributed, memory, runtime
 from mixgpt.common.texts import OWN, counts_of, text_for
+from mixgpt.datautils import OWN_TOKENS
 from mixgpt.modeling import decoder
 from mixgpt.modeling.linears import Key
 from mixgpt.modeling.running import StreamedModel
@@ -82,7 +83,7 @@ class Run:
         evaluates, compresses = bool(settings.eval or settings.tasks), settings.compresses
         distills = settings.distill > 0 if self.ways is LATER else self.distills  # Own text is written before.
         return [stage for stage, planned in {
-            "own text": self.own_tokens > 0,
+            "own text": bool(self.own_tokens),
             "dense model": settings.dense and settings.method() != "dense" and evaluates,
             "reference": distills,
             "experts": settings.experts > 0,
@@ -114,13 +115,13 @@ class Run:
             for what, count in zip(("further", "distillation"), counts, strict=True)}
 
     @property
-    def own_tokens(self) -> int:
-        """How many tokens of these the dense model writes itself."""
-        settings = self.settings
-        if not settings.needs_calibration or settings.dataset == IN_MEMORY:
-            return 0
-        return sum(counts_of(text_for(what, settings.dataset), n).get(OWN, 0) * tokens
-                   for what, (n, tokens, _) in self.draws.items() if n)
+    def own_tokens(self) -> dict[str, int]:
+        """How many tokens the dense model writes itself, {"dataset" or "--eval": their number}, without zeros."""
+        settings, counts = self.settings, {"--eval": OWN_TOKENS * (OWN in self.settings.eval)}
+        if settings.needs_calibration and settings.dataset != IN_MEMORY:
+            counts["dataset"] = sum(counts_of(text_for(what, settings.dataset), n).get(OWN, 0) * tokens
+                                    for what, (n, tokens, _) in self.draws.items() if n)
+        return {argument: count for argument, count in counts.items() if count}
 
     @property
     def disk_bytes(self) -> int:

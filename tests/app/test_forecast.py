@@ -65,24 +65,34 @@ def test_a_large_vocabulary_takes_what_it_is_said_to_where_the_dense_model_is_co
     assert 0.8 * peak < most["dense model"] < 1.25 * peak
 
 
-def test_the_models_own_text_takes_what_it_is_said_to_and_is_one_of_the_stages(forecast_of, monkeypatch):
+@pytest.mark.parametrize(("written", "options"), [
+    ({"dataset": 32 * 64}, {"dataset": "builtin:0.5,self:0.5"}), ({"--eval": 16_384}, {"eval": ["builtin", "self"]})])
+def test_the_models_own_text_takes_what_it_is_said_to(written, options, forecast_of, monkeypatch):
     monkeypatch.setattr(own_text, "TOGETHER", 8)
     with Gpu():
-        run, settings = forecast_of("wide opt", dataset="builtin:0.5,self:0.5", device="cuda:0", gmp=True,
-                                    sparsity_way="weight-level", sensitivity="fisher")
+        run, settings = forecast_of("wide opt", device="cuda:0", gmp=True, sparsity_way="weight-level",
+                                    sensitivity="fisher", **options)
         need = next(need for need in forecast.memory_needs(run) if need.stage == "own text")
         model, device = pipeline.load.load_model(settings.model, "auto"), torch.device("cuda:0")
-        own_text.write_text(model, run.tokenizer, device, run.own_tokens, 0, "never")
+        own_text.write_text(model, run.tokenizer, device, sum(written.values()), 0, "never")
         peak = runtime.peak_memory(device)["device"]
-    assert run.own_tokens == 32 * 64 and run.stages[0] == "own text"
+    assert run.own_tokens == written
     assert 0.9 * peak < need.device < 1.2 * peak
+
+
+def test_the_models_own_texts_are_one_of_the_stages(forecast_of, monkeypatch, capsys):
+    monkeypatch.setattr(own_text, "TOGETHER", 8)
+    run, settings = forecast_of("wide opt", sparsity=0, eval=["self"])
+    pipeline.execute(settings)
+    assert run.stages == ["own text", "evaluation"]
+    assert re.findall(r"stage +\d of 2: (.*)", capsys.readouterr().out) == run.stages
     run, _ = forecast_of("wide opt", dataset="builtin:0.5,self:0.5", gmp=True, sparsity_way="weight-level",
-                         sensitivity="fisher")
+                         sensitivity="fisher", eval=["self"])
     times = forecast.seconds(run, pipeline.execute)
     assert list(times) == run.stages and times["own text"] > 0
     monkeypatch.setattr(forecast, "seconds_of_a_token", lambda *_: (5.0, 1.0))
     of_all = 5 + (len(layers_of(run.model)) - 1) * 1  # Only the layers take longer in a deeper model.
-    assert forecast.seconds(run, pipeline.execute)["own text"] == pytest.approx(32 / 8 * 63 * of_all)
+    assert forecast.seconds(run, pipeline.execute)["own text"] == pytest.approx((32 + 256) / 8 * 63 * of_all)
 
 
 def test_a_machine_that_is_not_here_is_asked_about_by_the_memory_of_its_gpu(forecast_of, tmp_path):

@@ -145,7 +145,7 @@ def test_a_run_calibrates_and_evaluates_on_text_of_the_dense_model(prune, checkp
     taught, _ = datautils.calibration_samples("builtin", 2, 32, "3, distillation", tokenizer)
     assert further[4:] == taught.tolist()
     assert [part["dataset"] for part in record["data"]["calibration"]["parts"]] == ["builtin", "self"]
-    test = own_text.write_text(model, tokenizer, CPU, opening.OWN_TOKENS, "test", "never")
+    test = own_text.write_text(model, tokenizer, CPU, datautils.OWN_TOKENS, "test", "never")
     assert torch.equal(run.tests["self"].flatten(), test[:run.tests["self"].numel()])
 
 
