@@ -72,7 +72,7 @@ bench: .venv/runtime $(MODEL)
 
 # Each benchmark says first what its file lacks and how long that takes to prune. docs/results.md has the protocol.
 CELLS := --eval-limit 40 --dtype bfloat16 --data-dir texts
-FAR := --nsamples 16 --seqlen 512 --dtype bfloat16 --eval wikitext2 code self --eval-limit 12 --dense --data-dir texts \
+FAR := --nsamples 32 --seqlen 512 --dtype bfloat16 --eval wikitext2 code self --eval-limit 12 --dense --data-dir texts \
 	--quiet
 results: .venv/runtime
 	@test -n "$(wildcard models/*.gguf)" || { echo "make results: needs models/*.gguf" >&2; exit 2; }

@@ -86,11 +86,14 @@ def head_bytes(streamed: StreamedModel, tokens: int, vocabulary: int, copies: in
 def writing_bytes(model: PreTrainedModel, T: int, device: torch.device) -> tuple[int, int]:
     """Return the bytes of a model's weights that are not on the device yet, and those that it takes to write T tokens.
 
-    These have keys and values of each layer, counted as if no heads shared them, and float32 probabilities.
+    These have keys and values of each layer, and float32 probabilities.
     """
     config, itemsize = model.config.get_text_config(), model.dtype.itemsize
+    width = config.hidden_size
+    if heads := getattr(config, "num_key_value_heads", None):
+        width = heads * (getattr(config, "head_dim", None) or width // config.num_attention_heads)
     weights = sum(weight.nbytes for weight in model.parameters() if weight.device.type != device.type)
-    states = (2 * len(decoder.layers_of(model)) + 1) * T * config.hidden_size  # Each is copied to append to it.
+    states = (2 * len(decoder.layers_of(model)) + 1) * T * width  # Each is copied to append to it.
     return weights, itemsize * states + config.vocab_size * (2 * itemsize + 12)
 
 

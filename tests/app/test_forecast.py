@@ -65,12 +65,19 @@ def test_a_large_vocabulary_takes_what_it_is_said_to_where_the_dense_model_is_co
     assert 0.8 * peak < most["dense model"] < 1.25 * peak
 
 
-@pytest.mark.parametrize(("written", "options"), [
-    ({"dataset": 32 * 64}, {"dataset": "builtin:0.5,self:0.5"}), ({"--eval": 16_384}, {"eval": ["builtin", "self"]})])
-def test_the_models_own_text_takes_what_it_is_said_to(written, options, forecast_of, monkeypatch):
+@pytest.mark.parametrize(("name", "written", "options"), [
+    ("wide opt", {"dataset": 32 * 64}, {"dataset": "builtin:0.5,self:0.5"}),
+    ("shared heads", {"--eval": 16_384}, {"eval": ["builtin", "self"]})])
+def test_the_models_own_text_takes_what_it_is_said_to(name, written, options, forecast_of, monkeypatch, tokenizer,
+                                                      tmp_path):
     monkeypatch.setattr(own_text, "TOGETHER", 8)
+    if name == "shared heads":
+        monkeypatch.setattr(own_text, "TOGETHER", 64)
+        _llama("Llama", hidden_size=128, num_attention_heads=16, num_key_value_heads=1).save_pretrained(
+            name := tmp_path / "model")
+        tokenizer.save_pretrained(name)
     with Gpu():
-        run, settings = forecast_of("wide opt", device="cuda:0", gmp=True, sparsity_way="weight-level",
+        run, settings = forecast_of(name, device="cuda:0", gmp=True, sparsity_way="weight-level",
                                     sensitivity="fisher", **options)
         need = next(need for need in forecast.memory_needs(run) if need.stage == "own text")
         model, device = pipeline.load.load_model(settings.model, "auto"), torch.device("cuda:0")
