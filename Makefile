@@ -78,7 +78,7 @@ results: .venv/runtime
 	@test -n "$(wildcard models/*.gguf)" || { echo "make results: needs models/*.gguf" >&2; exit 2; }
 	@for model in $(wildcard models/*.gguf); do set -e; \
 		out=docs/accuracy/$$(basename $$model .gguf).json; \
-		$(PY) benchmarks/accuracy.py $$model c4:1 --output $$out $(CELLS) \
+		$(PY) benchmarks/accuracy.py $$model c4 --output $$out $(CELLS) \
 			--methods magnitude wanda owl sparsegpt mixgpt best; \
 		$(PY) benchmarks/accuracy.py $$model c4 --output docs/accuracy/distance.json $(FAR) \
 			--methods sparsegpt best --seeds 0; \

@@ -85,7 +85,8 @@ class Scores:
                 self.measured |= {cell["command"]: cell for cell in json.loads(self.path.read_text())["cells"]}
 
     def missing(self, cells):
-        return [cell for cell in cells if cell["command"] not in self.measured]
+        """Return the cells that the file lacks or has as "superseded", for a reason, by what is measured now."""
+        return [cell for cell in cells if "superseded" in self.measured.get(cell["command"], ["superseded"])]
 
     def hours(self, cells):
         """Say how long pruning takes in cells, by those of the same model and method, as far as there are any."""

@@ -71,10 +71,16 @@ class Measured:
         titles = [target.replace("+4bit", " + 4 bit") for target in targets]
         return table_of_markdown([corner, *titles, *([f"cost at {COST}"] if last else [])], rows)
 
+    def star(self, method, target):
+        """Return a star for cells that are "superseded": what measured them now gives other figures."""
+        of = self.of(method, target).get("superseded", pd.Series(dtype=object))
+        return "*" if of.notna().any() else ""
+
     def figures(self, method, target, statistic="mean"):
         """Write the perplexities of the texts, or another statistic of them over the seeds."""
         of = self.of(method, target)[self.texts]  # NaN of a seed is that of the mean, too
-        return "" if len(of) < 1 + (statistic == "std") else " / ".join(map(_number, of.agg(statistic, skipna=False)))
+        written = " / ".join(map(_number, of.agg(statistic, skipna=False)))
+        return "" if len(of) < 1 + (statistic == "std") else written + self.star(method, target)
 
     def seconds(self, method, target):
         """Return the seconds to prune, with the sensitivities that one run of a seed has measured for all."""
@@ -101,7 +107,7 @@ class Measured:
                 "spread": self.table(self.name, lambda *of: self.figures(*of, "std"),
                                      methods={method: METHODS[method] for method in DRAWN}),
                 "gap": self.table(self.name, lambda *of: " / ".join(
-                    "-" if share != share else f"{share:.0%}" for share in self.gaps(*of)),
+                    "-" if share != share else f"{share:.0%}" for share in self.gaps(*of)) + self.star(*of),
                     methods={method: TIMED[method] for method in (*BETTER, "best-10")}),
                 "effort": first.table(self.name, lambda *of: first.figures(*of) and f"{first.figures(*of)} at "
                                       f"{first.multiple(*of):.1f}x".replace("nanx", "-"), None, TIMED, TIMED_TARGETS)}
@@ -130,6 +136,7 @@ def draw_efforts(models):
             points = [(first.multiple(method, target), first.of(method, target)[text].mean())
                       for method, name in TIMED.items() if name.startswith(line)]
             axis.plot(*zip(*points, strict=True), marker="o", label=line)
+        axis.axhline(model.dense[text], color="black", linestyle="--", linewidth=1, label="dense")
         axis.set(xscale="log", xlabel="time to prune, SparseGPT: 1", ylabel=f"perplexity, {text}",
                  title=f"{model.name}, {target}")
         axis.set_xticks(TICKS, TICKS)

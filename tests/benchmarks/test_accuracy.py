@@ -1,6 +1,7 @@
 """Check that the accuracy benchmark goes on where it was interrupted, and that its tables are right."""
 
 import json
+from itertools import product
 
 import accuracy
 import pytest
@@ -60,6 +61,32 @@ def test_what_is_missing_is_told_with_the_time_of_cells_alike(tmp_path):
     found = scores.Scores(tmp_path / "a.json", lambda _: "")
     assert found.hours(found.missing(cells)) == "1.5 h of pruning, and 1 of unknown time"
     assert found.hours(found.missing(cells[:3])) == "1.5 h of pruning"
+
+
+def test_superseded_cells_are_marked_and_measured_again(tmp_path):
+    cells = [{"command": f"{method} {target} {seed}", "model": "m", "method": method, "target": target, "seed": seed,
+              "figures": {"x": perplexity}, "seconds": 1.0, "sensitivity_seconds": 0.0, "peak_bytes": 1e9} | why
+             for method, target, seed, perplexity, why in [
+                 ("dense", "0%", 0, 10.0, {}), ("sparsegpt", "50%", 0, 40.0, {}), ("sparsegpt", "2:4", 0, 90.0, {}),
+                 ("best", "50%", 0, 20.0, {"superseded": "other text"}), ("best", "50%", 1, 20.0, {}),
+                 ("best", "2:4", 0, 30.0, {})]]
+    written = tables.Measured("m", cells).tables()
+    assert "| best | 20.0* | 30.0 |" in written["accuracy"] and "| SparseGPT | 40.0 | 90.0 |" in written["accuracy"]
+    assert "| best | 0.0* |  |" in written["spread"] and "| best | 50%* | 50% |" in written["gap"]
+    assert "| best | 20.0* at 1.0x | 30.0 at 1.0x |" in written["effort"]
+    (tmp_path / "a.json").write_text(json.dumps({"cells": cells}))
+    assert scores.Scores(tmp_path / "a.json", lambda _: "").missing(cells) == cells[3:4]
+
+
+def test_the_picture_of_efforts_has_the_dense_model(monkeypatch):
+    monkeypatch.setattr(tables, "bytes_of", lambda figure, ending: [
+        {line.get_label(): list(line.get_ydata()) for line in axis.lines} for axis in figure.axes])
+    cells = [{"method": method, "target": target, "seed": 0, "figures": {"x": perplexity}, "seconds": 1.0,
+              "sensitivity_seconds": 0.0}
+             for method, target, perplexity in [
+                 ("dense", "0%", 10.0), *product(("sparsegpt", "best"), ("50%", "2:4"), (20.0,))]]
+    for drawn in tables.draw_efforts([tables.Measured("m", cells)]):
+        assert drawn["dense"] == [10.0, 10.0] and 20.0 in drawn["best"]
 
 
 def test_what_is_measured_anew_replaces_what_was():
