@@ -92,24 +92,25 @@ class Scores:
         """Say how long pruning takes in cells, by those of the same model and method, as far as there are any."""
         known = {}
         for cell in self.measured.values():
-            known.setdefault((cell["model"], cell["method"]), []).append(cell["seconds"])
+            if cell["seconds"] is not None:  # as in cells that were timed elsewhere
+                known.setdefault((cell["model"], cell["method"]), []).append(cell["seconds"])
         times = [mean(of) for cell in cells if (of := known.get((cell["model"], cell["method"])))]
         unknown = f", and {len(cells) - len(times)} of unknown time" if len(times) < len(cells) else ""
         return f"{sum(times) / 3600:.1f} h of pruning{unknown}"
 
     def run(self, cells):
         """Measure the cells that the file lacks, one after the other. Returns the table of all of them."""
-        missing, table = self.missing(cells), self._save(cells)
+        missing, table = self.missing(cells), self._save(cells, {})
         print(f"{self.path}: lacks {len(missing)} of {len(cells)} cells, {self.hours(missing)}", file=sys.stderr)
         for number, cell in enumerate(missing, 1):
             print(f"\n{number} of {len(missing)}: python {cell['command']}\n", file=sys.stderr, flush=True)
-            self.measured[cell["command"]] = cell | measure(cell["command"])
-            table = self._save(cells)
+            table = self._save(cells, {cell["command"]: cell | measure(cell["command"])})
         return table
 
-    def _save(self, cells):
-        """Write all that is measured, and the table of the cells. Returns the table."""
+    def _save(self, cells, new):
+        """Write all that is measured, and the table of the cells. new: {command: cell}. Returns the table."""
         self._read()
+        self.measured |= new
         write_output("--output", self.path, json.dumps({"cells": list(self.measured.values())}, indent=1) + "\n")
         table = self.render([self.measured[cell["command"]] for cell in cells if cell["command"] in self.measured])
         write_output("--output", self.path.with_suffix(".md"), table + "\n")

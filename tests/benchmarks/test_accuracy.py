@@ -57,13 +57,14 @@ def test_the_benchmark_goes_on_where_it_left_off(checkpoint_folder, monkeypatch,
 def test_what_is_missing_is_told_with_the_time_of_cells_alike(tmp_path):
     cells = [{"command": str(n), "model": "m", "method": method, "seconds": seconds}
              for n, (method, seconds) in enumerate([("best", 3600), ("best", 7200), ("best", 0), ("wanda", 0)])]
-    (tmp_path / "a.json").write_text(json.dumps({"cells": cells[:2]}))
+    untimed = {"command": "untimed", "model": "m", "method": "best", "seconds": None}
+    (tmp_path / "a.json").write_text(json.dumps({"cells": [*cells[:2], untimed]}))
     found = scores.Scores(tmp_path / "a.json", lambda _: "")
     assert found.hours(found.missing(cells)) == "1.5 h of pruning, and 1 of unknown time"
     assert found.hours(found.missing(cells[:3])) == "1.5 h of pruning"
 
 
-def test_superseded_cells_are_marked_and_measured_again(tmp_path):
+def test_superseded_cells_are_marked_and_measured_again(tmp_path, monkeypatch):
     cells = [{"command": f"{method} {target} {seed}", "model": "m", "method": method, "target": target, "seed": seed,
               "figures": {"x": perplexity}, "seconds": 1.0, "sensitivity_seconds": 0.0, "peak_bytes": 1e9} | why
              for method, target, seed, perplexity, why in [
@@ -75,7 +76,11 @@ def test_superseded_cells_are_marked_and_measured_again(tmp_path):
     assert "| best | 0.0* |  |" in written["spread"] and "| best | 50%* | 50% |" in written["gap"]
     assert "| best | 20.0* at 1.0x | 30.0 at 1.0x |" in written["effort"]
     (tmp_path / "a.json").write_text(json.dumps({"cells": cells}))
-    assert scores.Scores(tmp_path / "a.json", lambda _: "").missing(cells) == cells[3:4]
+    wanted = [{key: cell[key] for key in ("command", "model", "method", "target", "seed")} for cell in cells]
+    monkeypatch.setattr(scores, "measure", lambda command: {"figures": {"x": 25.0}})
+    scores.Scores(tmp_path / "a.json", lambda _: "").run(wanted)
+    assert json.loads((tmp_path / "a.json").read_text())["cells"] == [
+        *cells[:3], wanted[3] | {"figures": {"x": 25.0}}, *cells[4:]]
 
 
 def test_the_picture_of_efforts_has_the_dense_model(monkeypatch):
