@@ -102,7 +102,7 @@ class Measured:
 
     def tables(self):
         """Return {name: text}."""
-        first, dense = self.of_seed_0(), " / ".join(_number(self.dense[text]) for text in self.texts)
+        first, dense = self.of_seed_0(), self.figures("dense", self.dense["target"])
         return {"accuracy": self.table(f"{self.name}: dense {dense}", self.figures, self.cost),
                 "spread": self.table(self.name, lambda *of: self.figures(*of, "std"),
                                      methods={method: METHODS[method] for method in DRAWN}),

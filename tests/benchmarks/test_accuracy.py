@@ -68,10 +68,12 @@ def test_superseded_cells_are_marked_and_measured_again(tmp_path, monkeypatch):
     cells = [{"command": f"{method} {target} {seed}", "model": "m", "method": method, "target": target, "seed": seed,
               "figures": {"x": perplexity}, "seconds": 1.0, "sensitivity_seconds": 0.0, "peak_bytes": 1e9} | why
              for method, target, seed, perplexity, why in [
-                 ("dense", "0%", 0, 10.0, {}), ("sparsegpt", "50%", 0, 40.0, {}), ("sparsegpt", "2:4", 0, 90.0, {}),
+                 ("dense", "0%", 0, 10.0, {"superseded": "other test"}), ("sparsegpt", "50%", 0, 40.0, {}),
+                 ("sparsegpt", "2:4", 0, 90.0, {}),
                  ("best", "50%", 0, 20.0, {"superseded": "other text"}), ("best", "50%", 1, 20.0, {}),
                  ("best", "2:4", 0, 30.0, {})]]
     written = tables.Measured("m", cells).tables()
+    assert "| m: dense 10.0* | 50% | 2:4 |" in written["accuracy"]
     assert "| best | 20.0* | 30.0 |" in written["accuracy"] and "| SparseGPT | 40.0 | 90.0 |" in written["accuracy"]
     assert "| best | 0.0* |  |" in written["spread"] and "| best | 50%* | 50% |" in written["gap"]
     assert "| best | 20.0* at 1.0x | 30.0 at 1.0x |" in written["effort"]
@@ -80,7 +82,8 @@ def test_superseded_cells_are_marked_and_measured_again(tmp_path, monkeypatch):
     monkeypatch.setattr(scores, "measure", lambda command: {"figures": {"x": 25.0}})
     scores.Scores(tmp_path / "a.json", lambda _: "").run(wanted)
     assert json.loads((tmp_path / "a.json").read_text())["cells"] == [
-        *cells[:3], wanted[3] | {"figures": {"x": 25.0}}, *cells[4:]]
+        cell | {"figures": {"x": 25.0}} if "superseded" in old else old
+        for cell, old in zip(wanted, cells, strict=True)]
 
 
 def test_the_picture_of_efforts_has_the_dense_model(monkeypatch):
