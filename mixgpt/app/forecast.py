@@ -277,6 +277,8 @@ def text(run: Run, execute: Callable) -> str:
              f"method   {run.method}", "",
              progress.table(["GB beside the program", "GPU", "host", "TMPDIR", "time"], cells), "",
              f"program  {gigabytes(psutil.Process().memory_info().rss)} GB of the host's memory"]
+    if run.own_tokens and not own_text.rows_at_once(run.model, device, free):
+        lines.append(f"own text no: {device} has no room for the whole model")
     if settings.distill:
         taken = training_need(run)
         lines.append(f"distill  {run.ways[0] if run.ways else 'no'}: takes {gigabytes(taken.device)} GB on "

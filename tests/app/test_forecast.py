@@ -105,12 +105,13 @@ def test_the_models_own_texts_are_one_of_the_stages(forecast_of, monkeypatch, ca
 def test_a_machine_that_is_not_here_is_asked_about_by_the_memory_of_its_gpu(forecast_of, tmp_path):
     def planned(memory):
         run, settings = forecast_of("wide llama", preset="best", dry_run=True, device_memory=memory,
-                                    save=str(tmp_path / "saved"))
+                                    dataset="builtin:0.5,self:0.5", save=str(tmp_path / "saved"))
         return {need.stage: need for need in forecast.memory_needs(run)}, forecast.text(run, None)
 
-    (little, said), (ample, _), (_, least) = planned("4MB"), planned("1 GiB"), planned("1MB")
+    (little, said), (ample, enough), (_, least) = planned("4MB"), planned("1 GiB"), planned("500KB")
     assert "distill  a layer at a time, weights on the host: takes 0.00 GB on cuda" in said
     assert little["distillation"].host > ample["distillation"].host and "distill  no: takes 0.0" in least
+    assert "own text no: cuda has no room for the whole model" in least and "own text no" not in enough
     assert little["pruning"].device < ample["pruning"].device  # in two passes
     assert little["pruning"].host > ample["pruning"].host  # of hidden states
     assert not any(need.disk for need in ample.values())
