@@ -127,15 +127,18 @@ def points_of(models):
 
 
 def draw_efforts(models):
-    """Plot the first text's perplexity at TIMED_TARGETS against the time to prune, of seed 0."""
+    """Plot the first text's perplexity at TIMED_TARGETS against the time to prune, of seed 0; starred cells hollow."""
     figure = Figure(figsize=(11, 4 * len(models)), layout="constrained")
     axes = figure.subplots(len(models), len(TIMED_TARGETS), squeeze=False).flat
     for axis, (model, target) in zip(axes, product(models, TIMED_TARGETS), strict=True):
         first, text = model.of_seed_0(), model.texts[0]
         for line in ("SparseGPT", "MixGPT", "best"):
-            points = [(first.multiple(method, target), first.of(method, target)[text].mean())
-                      for method, name in TIMED.items() if name.startswith(line)]
-            axis.plot(*zip(*points, strict=True), marker="o", label=line)
+            points = {method: (first.multiple(method, target), first.of(method, target)[text].mean())
+                      for method, name in TIMED.items() if name.startswith(line)}
+            color = axis.plot(*zip(*points.values(), strict=True), marker="o", label=line)[0].get_color()
+            for method, point in points.items():
+                if first.star(method, target):
+                    axis.plot(*point, marker="o", color=color, markerfacecolor="white")
         axis.axhline(model.dense[text], color="black", linestyle="--", linewidth=1, label="dense")
         axis.set(xscale="log", xlabel="time to prune, SparseGPT: 1", ylabel=f"perplexity, {text}",
                  title=f"{model.name}, {target}")
