@@ -86,15 +86,17 @@ def test_superseded_cells_are_marked_and_measured_again(tmp_path, monkeypatch):
         for cell, old in zip(wanted, cells, strict=True)]
 
 
-def test_the_picture_of_efforts_has_the_dense_model(monkeypatch):
-    monkeypatch.setattr(tables, "bytes_of", lambda figure, ending: [
-        {line.get_label(): list(line.get_ydata()) for line in axis.lines} for axis in figure.axes])
+def test_the_picture_of_efforts_has_the_dense_model_and_earlier_versions_hollow(monkeypatch):
+    monkeypatch.setattr(tables, "bytes_of", lambda figure, ending: [axis.lines for axis in figure.axes])
     cells = [{"method": method, "target": target, "seed": 0, "figures": {"x": perplexity}, "seconds": 1.0,
-              "sensitivity_seconds": 0.0}
-             for method, target, perplexity in [
-                 ("dense", "0%", 10.0), *product(("sparsegpt", "best"), ("50%", "2:4"), (20.0,))]]
-    for drawn in tables.draw_efforts([tables.Measured("m", cells)]):
-        assert drawn["dense"] == [10.0, 10.0] and 20.0 in drawn["best"]
+              "sensitivity_seconds": 0.0} | why
+             for (method, perplexity, why), target in [(("dense", 10.0, {}), "0%"), *product(
+                 [("sparsegpt", 40.0, {}), ("best", 20.0, {}), ("best-3", 15.0, {"superseded": "other text"})],
+                 ("50%", "2:4"))]]
+    for lines in tables.draw_efforts([tables.Measured("m", cells)]):
+        drawn = {line.get_label(): list(line.get_ydata()) for line in lines}
+        assert drawn["dense"] == [10.0, 10.0] and {20.0, 15.0} < set(drawn["best"])
+        assert [list(line.get_ydata()) for line in lines if line.get_markerfacecolor() == "white"] == [[15.0]]
 
 
 def test_what_is_measured_anew_replaces_what_was():
