@@ -72,19 +72,19 @@ bench: .venv/runtime $(MODEL)
 
 # Each benchmark says first what its file lacks and how long that takes to prune. docs/results.md has the protocol.
 CELLS := --eval-limit 40 --dtype bfloat16 --data-dir texts
-FAR := --nsamples 32 --seqlen 512 --dtype bfloat16 --eval wikitext2 code self --eval-limit 12 --dense --data-dir texts \
+FAR := --seqlen 512 --dtype bfloat16 --eval wikitext2 code self --eval-limit 12 --dense --data-dir texts \
 	--quiet
 results: .venv/runtime
 	@test -n "$(wildcard models/*.gguf)" || { echo "make results: needs models/*.gguf" >&2; exit 2; }
 	@for model in $(wildcard models/*.gguf); do set -e; \
-		out=docs/accuracy/$$(basename $$model .gguf).json; \
-		$(PY) benchmarks/accuracy.py $$model c4 --output $$out $(CELLS) \
+		case $$model in *Coder*) nsamples=16; texts="c4:1 c4:0.6,code:0.4";; *) nsamples=32; texts=;; esac; \
+		far() { text=$$1; shift; $(PY) benchmarks/accuracy.py $$model $$text --output docs/accuracy/distance.json \
+			--nsamples $$nsamples $(FAR) --seeds 0 --methods $$@; }; \
+		$(PY) benchmarks/accuracy.py $$model c4 --output docs/accuracy/$$(basename $$model .gguf).json $(CELLS) \
 			--methods magnitude wanda owl sparsegpt mixgpt best; \
-		$(PY) benchmarks/accuracy.py $$model c4 --output docs/accuracy/distance.json $(FAR) \
-			--methods sparsegpt best --seeds 0; \
-		case $$model in *Coder*) for text in c4:1 c4:0.6,code:0.4; do \
-			$(PY) benchmarks/accuracy.py $$model $$text --output docs/accuracy/distance.json $(FAR) \
-				--methods best --targets 50% --seeds 0; done; esac; \
+		far c4 sparsegpt best; \
+		far c4 magnitude wanda mixgpt best-3 --targets 50%; \
+		for text in $$texts; do far $$text best --targets 50%; done; \
 		$(PY) benchmarks/paper.py table1 $$model --output docs/accuracy/paper.json --seeds 0 1 2 --nsamples 32 \
 			--seqlen 512 --eval wikitext2 c4 $(CELLS); \
 	done

@@ -32,6 +32,8 @@ TIMED = {method: METHODS[method] for method in ("sparsegpt", "sparsegpt-76", "mi
     "best-0.3": "best, effort 0.3", "best": "best", "best-3": "best, effort 3", "best-10": "best, effort 10",
     "best-30": "best, effort 30"}
 TIMED_TARGETS, TICKS = ("50%", "2:4"), (1, 2, 5, 10, 20, 50, 100)
+BY_DISTANCE = {method: (METHODS | TIMED)[method]
+               for method in ("magnitude", "wanda", "sparsegpt", "mixgpt", "best", "best-3")}
 BY_MODEL = {  # file: methods, and how `by_model` writes the cells of one
     "paper": ({"dense": "dense", "sparsegpt": "SparseGPT", "isc": "ISC", "weight-level": "mixed", "mixgpt": "MixGPT"},
               lambda of, texts: " / ".join(spread(of[text].tolist(), 1) for text in texts)),
@@ -162,48 +164,54 @@ def text_of(cell):
 
 
 def compared(cells):
-    """Yield what best saves of SparseGPT's distance to the dense model, for each model, target, effort and text.
+    """Yield what best saves of SparseGPT's distance to the dense model, for each model, target and calibration text.
 
-    That is (model, target, how best differs: its effort and a text that is not CALIBRATED, [[SparseGPT's KL, best's] of
-    each text], [perplexities on the first text], share of each KL that best closes, and of the log-perplexity), means
-    over the seeds that best has.
+    That is (model, target, best's text if that is not CALIBRATED, [[SparseGPT's KL, best's] of each text],
+    [perplexities on the first text], share of each KL that best closes, and of the log-perplexity), means over the
+    seeds that best has.
     """
     texts, found = list(cells[0]["figures"]), {}
     for cell in cells:
-        method = cell["method"] + f", {text_of(cell)}".removesuffix(f", {CALIBRATED}")
+        method = cell["method"], "" if text_of(cell) == CALIBRATED else text_of(cell)
         found.setdefault((cell["model"], cell["target"]), {}).setdefault(method, []).append(cell)
     for (model, target), of in found.items():
-        for method in of if REFERENCE in of else ():
-            if not method.startswith("best"):
+        for method, text in of if (REFERENCE, "") in of else ():
+            if method != "best":
                 continue
-            dense, seeds = found[model, "0%"]["dense"][0]["figures"][texts[0]], [cell["seed"] for cell in of[method]]
-            pairs = [cell for cell in of[REFERENCE] if cell["seed"] in seeds], of[method]
+            dense, ours = found[model, "0%"]["dense", ""][0]["figures"][texts[0]], of[method, text]
+            seeds = [cell["seed"] for cell in ours]
+            pairs = [cell for cell in of[REFERENCE, ""] if cell["seed"] in seeds], ours
             KL = [[np.mean([cell["distance"][text]["KL"] for cell in each]) for each in pairs] for text in texts]
             ppl = [np.exp(np.mean([np.log(cell["figures"][texts[0]]) for cell in each])) for each in pairs]
-            name, *text = method.split(", ")
-            yield (Path(model).name.removesuffix(".gguf"), target.replace("+4bit", " + 4 bit"),
-                   ", ".join([TIMED[name], *text]).removeprefix("best"), KL, ppl,
+            yield (Path(model).name.removesuffix(".gguf"), target.replace("+4bit", " + 4 bit"), text, KL, ppl,
                    [1 - ours / theirs for theirs, ours in KL], 1 - np.log(ppl[1] / dense) / np.log(ppl[0] / dense))
 
 
 def distances(cells):
     """Write how far SparseGPT's and best's models are from the dense one, and what share of that best closes."""
     texts = list(cells[0]["figures"])
-    rows = [[f"{model}, {target}{differs}", *(
+    rows = [[", ".join(filter(None, [model, target, text])), *(
         f"{theirs:.3f} → {ours:.3f}, {share:.0%}" for (theirs, ours), share in zip(KL, shares, strict=True)),
         f"{np.mean(shares):.0%}", f"{ppl[0]:.1f} → {ppl[1]:.1f}, {saved:.0%}"]
-        for model, target, differs, KL, ppl, shares, saved in compared(cells)]
+        for model, target, text, KL, ppl, shares, saved in compared(cells)]
     return table_of_markdown(["", *(f"KL, {text}" for text in texts), "mean", f"perplexity, {texts[0]}"], rows)
+
+
+def methods_by_distance(cells):
+    """Write each method's KL to the dense model on two texts at COST, of seed 0, calibrated on CALIBRATED."""
+    cells = [cell for cell in cells if (cell["target"], cell["seed"], text_of(cell)) == (COST, 0, CALIBRATED)]
+    return by_model(cells, BY_DISTANCE, lambda of, texts: " / ".join(
+        f"{distance[text]['KL']:.2f}" for distance in of["distance"] for text in texts[:2]))
 
 
 def draw_sizes(cells):
     """Plot the shares that best closes against the model's size, which its name has, such as 0.5B, by target."""
     figure, rows, ticks = Figure(figsize=(11, 4), layout="constrained"), [], {}
-    for model, target, differs, *_, shares, saved in compared(cells):
+    for model, target, text, *_, shares, saved in compared(cells):
         size, unit = re.search(r"([\d.]+)([MB])\b", model).groups()
         parameters = float(size) * {"M": 1e6, "B": 1e9}[unit]
         ticks[parameters] = model.replace("-Instruct", "").replace("-", "\n", 1)
-        if not differs:
+        if not text:
             rows.append([parameters, target, np.mean(shares), saved])
     frame = pd.DataFrame(rows, columns=["parameters", "target", "KL, mean of three texts", "perplexity, WikiText-2"])
     for axis, share in zip(figure.subplots(1, 2, sharey=True), frame.columns[2:], strict=True):
@@ -243,6 +251,7 @@ def main(argv=None):
     blocks = {name: by_model(cells.pop(name), *of) for name, of in BY_MODEL.items() if name in cells}
     if "distance" in cells:
         Path(SIZE_PICTURE).write_bytes(draw_sizes(cells["distance"]))
+        blocks["methods"] = methods_by_distance(cells["distance"])
     blocks |= {name: write(cells.pop(name)) for name, write in (("distance", distances), ("serving", servings))
                if name in cells}
     models = [Measured(name, of_model) for name, of_model in cells.items()]

@@ -13,7 +13,7 @@ from conftest import ROOT
 from mixgpt.app import pipeline
 from mixgpt.common.choices import ALLOCATIONS, SOLVERS
 
-NAMES = "accuracy", "others", "spread", "gap", "effort", "paper", "families", "distance", "serving"
+NAMES = "accuracy", "others", "spread", "gap", "effort", "paper", "families", "distance", "methods", "serving"
 
 
 @pytest.mark.slow
@@ -112,12 +112,16 @@ def test_distances_stand_beside_what_best_closes_of_them(monkeypatch):
              for target, method, seed, KL, perplexity, text in [
                  ("0%", "dense", 0, 0, 10.0, "c4"), ("2:4", "sparsegpt", 0, 1.0, 40.0, "c4"),
                  ("2:4", "sparsegpt", 1, 2.0, 40.0, "c4"), ("2:4", "best", 0, 0.5, 20.0, "c4"),
-                 ("2:4", "best", 1, 0.7, 20.0, "c4"), ("2:4", "best-10", 0, 0.3, 20.0, "c4"),
-                 ("2:4", "best", 0, 0.8, 20.0, "c4:0.6,code:0.4"), ("50%", "best", 0, 0.1, 11.0, "c4")]]
+                 ("2:4", "best", 1, 0.7, 20.0, "c4"), ("2:4", "best", 0, 0.8, 20.0, "c4:0.6,code:0.4"),
+                 ("50%", "best", 0, 0.1, 11.0, "c4"), ("50%", "best", 1, 0.2, 11.0, "c4"),
+                 ("50%", "best", 0, 0.3, 11.0, "c4:1"), ("50%", "best-3", 0, 0.05, 10.5, "c4")]]
     assert tables.distances(cells).splitlines()[2:] == [
         "| a-1.5B, 2:4 | 1.500 → 0.600, 60% | 3.000 → 1.200, 60% | 60% | 40.0 → 20.0, 50% |",
-        "| a-1.5B, 2:4, effort 10 | 1.000 → 0.300, 70% | 2.000 → 0.600, 70% | 70% | 40.0 → 20.0, 50% |",
         "| a-1.5B, 2:4, c4:0.6,code:0.4 | 1.000 → 0.800, 20% | 2.000 → 1.600, 20% | 20% | 40.0 → 20.0, 50% |"]
+    header, _, row = tables.methods_by_distance(cells).splitlines()
+    assert dict(zip(header.split(" | "), row.split(" | "), strict=True)) == {
+        "| model": "| a-1.5B", "magnitude": "", "Wanda": "", "SparseGPT": "", "MixGPT": "", "best": "0.10 / 0.20",
+        "best, effort 3 |": "0.05 / 0.10 |"}
     monkeypatch.setattr(tables, "bytes_of", lambda figure, ending: [
         [(line.get_label(), list(line.get_xdata()), list(line.get_ydata())) for line in axis.lines]
         for axis in figure.axes])
